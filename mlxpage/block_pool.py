@@ -1,0 +1,75 @@
+"""Blocks of K/V cache, counted: ids, references and the queue of free ones.
+
+A block is `block_size` consecutive token positions of one sequence, for every layer of a cache
+group. Here it is only a number; the arrays behind it live in `kv_cache.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+NULL_BLOCK = 0
+"""Never handed out, so that padding and given-back entries of a table may point at it."""
+
+
+class BlockPool:
+    """Hands out the blocks 1 to `num_blocks`, each in O(1).
+
+    A block is free, or used by as many owners as its reference count says. The free queue is in
+    the order of reuse: its front is taken next, and a freed table goes in back to front, so that
+    the head of a prompt, which other prompts may share, outlives its tail.
+    """
+
+    def __init__(self, num_blocks: int):
+        self.num_blocks = num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
+        self._references = [0] * (num_blocks + 1)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` blocks, each with one owner; the caller has asked `num_free` before."""
+        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        take, references = self._free.popitem, self._references
+        blocks = [take(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            references[block] = 1
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Adds an owner to each block; NULL_BLOCK entries are passed over."""
+        for block in blocks:
+            if block != NULL_BLOCK:
+                assert self._references[block] > 0, f"block {block} is free and can't be shared"
+                self._references[block] += 1
+
+    def free(self, table: list[int]) -> None:
+        """Takes one owner from each block of `table`; NULL_BLOCK entries are passed over."""
+        references = self._references
+        for block in reversed(table):
+            if block == NULL_BLOCK:
+                continue
+            assert references[block] > 0, f"block {block} is freed twice"
+            references[block] -= 1
+            if references[block] == 0:
+                self._free[block] = None
+
+    def num_owners(self, block: int) -> int:
+        return self._references[block]
+
+    def check(self, tables: Iterable[list[int]]) -> None:
+        """Recounts everything against the `tables` of all owners; AssertionError if it's off."""
+        owners = Counter(block for table in tables for block in table if block != NULL_BLOCK)
+        for block in range(1, self.num_blocks + 1):
+            counted, owned = self._references[block], owners[block]
+            assert counted == owned, f"block {block}: {counted} references, {owned} owners"
+            assert (counted == 0) == (block in self._free), f"block {block} is free and used"
+        assert self.num_free + self.num_used == self.num_blocks
+        assert set(owners) <= set(range(1, self.num_blocks + 1)), "a table holds unknown blocks"

@@ -1,0 +1,49 @@
+"""The blocks of the layers that share one attention window, and who holds them."""
+
+from __future__ import annotations
+
+from mlxpage.block_pool import NULL_BLOCK, BlockPool
+
+
+class CacheGroup:
+    """A block pool with the rules of one window.
+
+    A block table maps a sequence's positions to blocks: position `p` lives in
+    `table[p // block_size]`. Layers with a sliding window of `window` tokens read positions
+    `p - window < k <= p`; blocks before that are given back and become NULL_BLOCK in the table.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, window: int | None = None):
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.window = window
+
+    def blocks_for(self, num_tokens: int, chunk: int) -> int:
+        """The most blocks that a sequence holds while it grows to `num_tokens` in steps of at
+        most `chunk` tokens."""
+        blocks = -(-num_tokens // self.block_size)
+        if self.window is None:
+            return blocks
+        # A chunk's first row reads window - 1 older positions; both ends may be cut by a block.
+        return min(blocks, -(-(self.window - 1 + chunk) // self.block_size) + 1)
+
+    def missing(self, table: list[int], num_tokens: int) -> int:
+        """Blocks to add before `num_tokens` positions have a place."""
+        return -(-num_tokens // self.block_size) - len(table)
+
+    def grow(self, table: list[int], count: int) -> None:
+        table += self.pool.allocate(count)
+
+    def give_back(self, table: list[int], num_computed_tokens: int) -> None:
+        """Frees what no row from position `num_computed_tokens` on can read any more."""
+        unreadable = (num_computed_tokens - self.window + 1) // self.block_size
+        first = unreadable
+        while first > 0 and table[first - 1] != NULL_BLOCK:
+            first -= 1
+        if first < unreadable:
+            self.pool.free(table[first:unreadable])
+            table[first:unreadable] = [NULL_BLOCK] * (unreadable - first)
+
+    def release(self, table: list[int]) -> None:
+        self.pool.free(table)
+        table.clear()

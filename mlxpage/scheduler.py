@@ -1,0 +1,262 @@
+"""Which sequences compute which tokens in the next step, and where their K and V go."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass, field
+
+from mlxpage.cache_group import CacheGroup
+from mlxpage.errors import InvalidRequest
+from mlxpage.outputs import FinishReason
+from mlxpage.sequence import Sequence, Status
+
+# Logits of every row of such a chunk exist at once: they are vocabulary-sized.
+PROMPT_LOGPROBS_CHUNK = 64
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """One sequence's part of a step: the positions `start` to `start + num_tokens`."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    """The last row is the sequence's newest token, so the step samples the one after it."""
+
+
+@dataclass(slots=True)
+class Schedule:
+    """The plan of one step."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    num_scheduled_tokens: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.scheduled)
+
+
+class Scheduler:
+    """Continuous batching over a pool of blocks.
+
+    There is no prefill phase and no decode phase. A sequence has `num_computed_tokens`, and every
+    step lets it catch up with its `num_tokens`; a chunk of a prompt, the one token of a decode,
+    and everything again after a preemption are the same case.
+
+    Planning moves the state on as if the step had run already, so that a step may be planned
+    while the one before it is still computing; `update` brings the tokens later.
+    """
+
+    def __init__(
+        self, groups: list[CacheGroup], *, max_num_seqs: int = 32, max_num_batched_tokens: int = 512
+    ):
+        if max_num_batched_tokens < max_num_seqs:
+            raise InvalidRequest(
+                f"max_num_batched_tokens is {max_num_batched_tokens}, fewer than max_num_seqs "
+                f"({max_num_seqs}): every running sequence needs a token a step. "
+                f"Raise the first or lower the second."
+            )
+        self.groups = groups
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        """A heap, in the order of service."""
+        self.running: list[Sequence] = []
+        """Sorted in the order of service: the last one is preempted first."""
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def max_tokens_of_a_sequence(self) -> int:
+        """The longest sequence that the pools can hold when it's alone."""
+        chunk = self.max_num_batched_tokens
+        longest = []
+        for group in self.groups:
+            blocks = group.pool.num_blocks
+            if group.window is None or blocks < group.blocks_for(2**62, chunk):
+                longest.append(blocks * group.block_size)
+        return min(longest, default=2**62)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence. Raises `InvalidRequest` if the pools can never hold it."""
+        for group in self.groups:
+            need = group.blocks_for(seq.max_length, self.max_num_batched_tokens)
+            if need > group.pool.num_blocks:
+                capacity = self.max_tokens_of_a_sequence()
+                raise InvalidRequest(
+                    f"the prompt's {seq.num_prompt_tokens:,} tokens and up to "
+                    f"{seq.max_length - seq.num_prompt_tokens:,} new ones need {need:,} blocks of "
+                    f"{group.block_size} tokens; the pool holds {group.pool.num_blocks:,} blocks "
+                    f"({capacity:,} tokens). Shorten the prompt, lower max_tokens, or give the "
+                    f"pool more (memory or num_blocks)."
+                )
+        seq.block_tables = [[] for _ in self.groups]
+        heapq.heappush(self.waiting, seq)
+
+    def schedule(self) -> Schedule:
+        """Plans a step. An empty schedule: nothing to compute before the next `update`."""
+        schedule = Schedule()
+        self._continue_running(schedule)
+        if not schedule.preempted:
+            self._admit_waiting(schedule)
+        return schedule
+
+    def _continue_running(self, schedule: Schedule) -> None:
+        running = self.running
+        budget = self.max_num_batched_tokens
+        index = 0
+        while index < len(running):
+            seq = running[index]
+            index += 1
+            # One token is kept back for each of those that follow: nobody stands still.
+            granted = self._grant(seq, budget - (len(running) - index))
+            if granted and self._make_room(seq, granted, schedule):
+                budget -= granted
+                self._plan(schedule, seq, granted)
+
+    def _admit_waiting(self, schedule: Schedule) -> None:
+        running = self.running
+        while self.waiting and len(running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            # A preempted sequence may still wait for its last token: it can't be fed before.
+            granted = self._grant(seq, self.max_num_batched_tokens - schedule.num_scheduled_tokens)
+            if not granted or seq.num_pending or not self._fits(seq):
+                break
+            heapq.heappop(self.waiting)
+            seq.status = Status.RUNNING
+            insort(running, seq)
+            self._grow(seq, granted)
+            self._plan(schedule, seq, granted)
+
+    def _grant(self, seq: Sequence, budget: int) -> int:
+        """How many tokens `seq` computes in this step, 0 if its newest one is still unknown and
+        will be its last."""
+        if seq.num_tokens >= seq.max_length:
+            return 0
+        if (
+            seq.params.prompt_logprobs is not None
+            and seq.num_computed_tokens < seq.num_prompt_tokens
+        ):
+            budget = min(budget, PROMPT_LOGPROBS_CHUNK)
+        return min(seq.num_tokens - seq.num_computed_tokens, budget)
+
+    def _plan(self, schedule: Schedule, seq: Sequence, granted: int) -> None:
+        start = seq.num_computed_tokens
+        seq.num_computed_tokens = end = start + granted
+        samples = end == seq.num_tokens
+        if samples:
+            seq.num_tokens += 1
+            seq.num_pending += 1
+        schedule.scheduled.append(Scheduled(seq, start, granted, samples))
+        schedule.num_scheduled_tokens += granted
+
+    # -- blocks --
+
+    def _make_room(self, seq: Sequence, granted: int, schedule: Schedule) -> bool:
+        """Gives `seq` the blocks for its next tokens, preempting the newest sequences if it must;
+        False if that took `seq` itself."""
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
+            if group.window is not None:
+                group.give_back(table, seq.num_computed_tokens)
+            missing = group.missing(table, seq.num_computed_tokens + granted)
+            if missing <= 0:
+                continue
+            while group.pool.num_free < missing:
+                victim = self.running.pop()
+                self._preempt(victim, schedule)
+                if victim is seq:
+                    return False
+            group.grow(table, missing)
+        return True
+
+    def _grow(self, seq: Sequence, granted: int) -> None:
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
+            group.grow(table, group.missing(table, seq.num_computed_tokens + granted))
+
+    def _preempt(self, seq: Sequence, schedule: Schedule) -> None:
+        self._release(seq)
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        seq.status = Status.WAITING
+        heapq.heappush(self.waiting, seq)
+        schedule.preempted.append(seq)
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
+            group.release(table)
+
+    def _fits(self, seq: Sequence) -> bool:
+        """Whether `seq` can be admitted and everyone, with it, can grow for a while.
+
+        A sequence admitted into the last free blocks is the newest, so the next one to be
+        preempted: its prompt would be computed over and over. The room kept for growth starts
+        with a block each and is four times as much after each preemption of `seq`; after the
+        fourth it is all that anyone can ever ask for, so there is no fifth.
+        """
+        ahead = 4**seq.num_preemptions if seq.num_preemptions < 4 else None
+        for index, group in enumerate(self.groups):
+            room = group.pool.num_free
+            for other in (seq, *self.running):
+                end = other.max_length
+                if ahead is not None:
+                    end = min(end, other.num_tokens + ahead * group.block_size)
+                table = other.block_tables[index]
+                chunk = min(
+                    other.num_tokens - other.num_computed_tokens, self.max_num_batched_tokens
+                )
+                room -= max(0, group.blocks_for(end, chunk) - len(table) + table.count(0))
+                if room < 0:
+                    return False
+        return True
+
+    # -- results --
+
+    def update(self, schedule: Schedule, tokens: list[int]) -> list[tuple[Sequence, int]]:
+        """Takes the sampled tokens of a step, one for each part of it that samples, in order.
+
+        Returns the (sequence, token) pairs that count: the late token of a sequence that has
+        ended in the meantime is dropped. Sequences that the token ends are finished here.
+        """
+        sampling = [part.seq for part in schedule.scheduled if part.samples]
+        pairs = []
+        for seq, token in zip(sampling, tokens, strict=True):
+            if seq.status is Status.FINISHED:
+                continue
+            reason = seq.append(token)
+            pairs.append((seq, token))
+            if reason:
+                self._end(seq, reason)
+        if any(seq.status is Status.FINISHED for seq, _ in pairs):
+            self._forget_finished()
+        return pairs
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence in whatever state and frees its blocks; a second call does nothing."""
+        if seq.status is not Status.FINISHED:
+            self._end(seq, reason)
+            self._forget_finished()
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        self._release(seq)
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+
+    def _forget_finished(self) -> None:
+        self.running = [seq for seq in self.running if seq.status is Status.RUNNING]
+        if any(seq.status is Status.FINISHED for seq in self.waiting):
+            self.waiting = [seq for seq in self.waiting if seq.status is Status.WAITING]
+            heapq.heapify(self.waiting)
+
+    def check(self) -> None:
+        """Recounts every pool; AssertionError if a block is lost, shared by mistake or unknown."""
+        sequences = [*self.running, *self.waiting]
+        for index, group in enumerate(self.groups):
+            tables = [seq.block_tables[index] for seq in sequences]
+            group.pool.check(tables)
+            writable = [table[-1] for table in tables if table]
+            assert len(set(writable)) == len(writable), "two sequences write into one block"
