@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlxpage.errors import MlxpageError
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -68,3 +70,5 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
     """The whole generation, with the last event."""
+    error: MlxpageError | None = None
+    """Why the generation ended, when the engine failed."""

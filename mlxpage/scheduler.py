@@ -83,6 +83,12 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queues a sequence. Raises `InvalidRequest` if the pools can never hold it."""
+        self.check_capacity(seq)
+        seq.block_tables = [[] for _ in self.groups]
+        heapq.heappush(self.waiting, seq)
+
+    def check_capacity(self, seq: Sequence) -> None:
+        """Raises `InvalidRequest` if the pools can never hold `seq`. Safe from any thread."""
         for group in self.groups:
             need = group.blocks_for(seq.max_length, self.max_num_batched_tokens)
             if need > group.pool.num_blocks:
@@ -94,8 +100,6 @@ class Scheduler:
                     f"({capacity:,} tokens). Shorten the prompt, lower max_tokens, or give the "
                     f"pool more (memory or num_blocks)."
                 )
-        seq.block_tables = [[] for _ in self.groups]
-        heapq.heappush(self.waiting, seq)
 
     def schedule(self) -> Schedule:
         """Plans a step. An empty schedule: nothing to compute before the next `update`."""
@@ -198,7 +202,7 @@ class Scheduler:
         with a block each and is four times as much after each preemption of `seq`; after the
         fourth it is all that anyone can ever ask for, so there is no fifth.
         """
-        ahead = 4**seq.num_preemptions if seq.num_preemptions < 4 else None
+        ahead = self._reserve(seq)
         for index, group in enumerate(self.groups):
             room = group.pool.num_free
             for other in (seq, *self.running):
@@ -213,6 +217,9 @@ class Scheduler:
                 if room < 0:
                     return False
         return True
+
+    def _reserve(self, seq: Sequence) -> int | None:
+        return 4**seq.num_preemptions if seq.num_preemptions < 4 else None
 
     # -- results --
 
@@ -245,6 +252,11 @@ class Scheduler:
         self._release(seq)
         seq.status = Status.FINISHED
         seq.finish_reason = reason
+
+    def restart(self) -> None:
+        """Makes every running sequence compute its tokens again: their K and V are gone."""
+        while self.running:
+            self._preempt(self.running.pop(), Schedule())
 
     def _forget_finished(self) -> None:
         self.running = [seq for seq in self.running if seq.status is Status.RUNNING]

@@ -1,0 +1,322 @@
+"""The batching loop: plan a step, compute it, hand out the tokens."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlxpage.backend import mx
+from mlxpage.batch import Batch
+from mlxpage.cache_group import CacheGroup
+from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
+from mlxpage.kv_cache import KVCache
+from mlxpage.memory import Plan
+from mlxpage.model import Model
+from mlxpage.outputs import FinishReason, RequestOutput, StreamEvent, Timings, TokenLogprobs
+from mlxpage.sampler import logprobs, sample
+from mlxpage.sampling_params import SamplingParams
+from mlxpage.scheduler import Schedule, Scheduler
+from mlxpage.sequence import Sequence
+from mlxpage.text import TextStream, Tokenizer
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A sequence, and what its caller wants to hear of it."""
+
+    seq: Sequence
+    text_stream: TextStream
+    on_event: Callable[[StreamEvent], None]
+    timings: Timings
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+
+    def output(self) -> RequestOutput:
+        seq, params = self.seq, self.seq.params
+        return RequestOutput(
+            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
+            text=self.text,
+            token_ids=seq.output_token_ids,
+            finish_reason=seq.finish_reason,
+            num_cached_tokens=seq.num_cached_tokens,
+            num_preemptions=seq.num_preemptions,
+            timings=self.timings,
+            logprobs=self.logprobs if params.logprobs is not None else None,
+            prompt_logprobs=self.prompt_logprobs if params.prompt_logprobs is not None else None,
+        )
+
+
+@dataclass(slots=True)
+class Computed:
+    """What a step gives back to Python."""
+
+    tokens: list[int]  # one for each of `Batch.sampling`
+    logprobs: list[TokenLogprobs]  # likewise, if any of them asked
+    prompt_logprobs: list[TokenLogprobs]  # one for each of `Batch.scoring`
+
+
+class Engine:
+    """Serves generations over a block pool. It belongs to the thread that made it: MLX's streams
+    do. `request` alone may be called from any thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        *,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        defaults: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.defaults = defaults or {}
+        self._new_pool()
+        groups = [
+            CacheGroup(blocks, plan.block_size, window)
+            for blocks, window in zip(plan.num_blocks, model.cache.windows, strict=True)
+        ]
+        self.scheduler = Scheduler(
+            groups, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
+        self._requests: dict[int, Request] = {}
+        self._ids = itertools.count()
+        self._seeds = random.Random(seed)
+        self._counts = {"steps": 0, "prompt_tokens": 0, "output_tokens": 0, "failed_steps": 0}
+
+    def request(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        on_event: Callable[[StreamEvent], None],
+        *,
+        priority: int = 0,
+    ) -> Request:
+        """Checks a prompt of token ids and makes it a request, to be given to `add`.
+
+        Raises InvalidRequest if it can never be served.
+        """
+        params = params.with_defaults(self.defaults)
+        self._check_tokens(prompt, params)
+        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
+        seq = Sequence(
+            next(self._ids),
+            prompt,
+            params,
+            max_length=self._max_length(len(prompt), params.max_tokens),
+            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            priority=priority,
+        )
+        self.scheduler.check_capacity(seq)
+        text_stream = self.tokenizer.stream(params.stop, params.skip_special_tokens)
+        return Request(seq, text_stream, on_event, Timings(arrived=time.perf_counter()))
+
+    def _check_tokens(self, prompt: list[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; give it at least one token")
+        vocab = self.model.vocab_size
+        for name, ids in (
+            ("the prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+        ):
+            for token in ids:
+                if not isinstance(token, int) or not 0 <= token < vocab:
+                    raise InvalidRequest(
+                        f"{name} holds {token!r}; token ids of this model go from 0 to {vocab - 1}"
+                    )
+        if params.top_k and params.top_k > vocab:
+            raise InvalidRequest(f"top_k is {params.top_k}; the vocabulary has {vocab} tokens")
+
+    def _max_length(self, prompt: int, max_tokens: int | None) -> int:
+        """Prompt and output together: as asked, but no longer than the model's context; if nothing
+        was asked, no longer than the pool either."""
+        context = self.model.context_length or 2**31
+        if prompt >= context:
+            raise InvalidRequest(
+                f"the prompt has {prompt:,} tokens; the model's context of {context:,} must hold "
+                f"it and at least one more. Shorten the prompt."
+            )
+        if max_tokens is not None:
+            return min(prompt + max_tokens, context)
+        return max(prompt + 1, min(context, self.scheduler.max_tokens_of_a_sequence()))
+
+    def add(self, request: Request) -> int:
+        """Queues a request; its events come from `step`. Returns its id."""
+        seq = request.seq
+        if seq.params.seed is None:
+            seq.params = replace(seq.params, seed=self._seeds.getrandbits(64))
+        self.scheduler.add(seq)
+        self._requests[seq.id] = request
+        return seq.id
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request, with what it has so far; does nothing if it has ended already."""
+        if request := self._requests.get(request_id):
+            self._finish(request, "abort")
+
+    def abort_all(self) -> None:
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
+    def close(self) -> None:
+        """Gives the memory of weights and pool back."""
+        self.model = None
+        mx.clear_cache()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> None:
+        """One turn of the crank. Whatever fails in it fails the requests of this step only."""
+        schedule = self.scheduler.schedule()
+        try:
+            batch = Batch.of(schedule, self.plan.block_size)
+            computed = self._compute(batch)
+            self._record(schedule, batch, computed)
+        except Exception as error:
+            self._fail(schedule, error)
+
+    # -- compute --
+
+    def _compute(self, batch: Batch) -> Computed:
+        logits = self.model(batch.rows)
+        num_sampled = len(batch.sampling)
+        tokens = mx.zeros(0, mx.int32)
+        chosen = scored = ()
+        if num_sampled:
+            tokens = sample(logits[:num_sampled], batch.choices)
+            if (top := _most_logprobs(seq.params.logprobs for seq in batch.sampling)) is not None:
+                chosen = logprobs(logits[:num_sampled], tokens, top)
+        if batch.scoring:
+            targets = [seq.token_ids[position] for seq, position in batch.scoring]
+            top = _most_logprobs(seq.params.prompt_logprobs for seq, _ in batch.scoring)
+            scored = logprobs(logits[num_sampled:], mx.array(targets), top)
+        # The pools too: a write that nobody reads must happen all the same.
+        mx.eval(tokens, chosen, scored, self.model.cache.arrays())
+        tokens = tokens.tolist()
+        return Computed(
+            tokens,
+            _as_logprobs(tokens, chosen),
+            _as_logprobs(targets, scored) if batch.scoring else [],
+        )
+
+    def _new_pool(self) -> None:
+        self.model.bind(KVCache(self.model.specs, self.plan.num_blocks, self.plan.block_size))
+
+    # -- results --
+
+    def _record(self, schedule: Schedule, batch: Batch, computed: Computed) -> None:
+        now = time.perf_counter()
+        self._counts["steps"] += 1
+        for part in schedule.scheduled:
+            timings = self._requests[part.seq.id].timings
+            timings.scheduled = timings.scheduled or now
+        for (seq, position), entry in zip(batch.scoring, computed.prompt_logprobs, strict=True):
+            known = self._requests[seq.id].prompt_logprobs
+            if position == len(known):  # a preempted prompt is computed again
+                known.append(_first(entry, seq.params.prompt_logprobs))
+        if computed.logprobs:
+            for seq, entry in zip(batch.sampling, computed.logprobs, strict=True):
+                if seq.params.logprobs is not None:
+                    entry = _first(entry, seq.params.logprobs)
+                    self._requests[seq.id].logprobs.append(entry)
+        for seq, token in self.scheduler.update(schedule, computed.tokens):
+            self._hand_out(self._requests[seq.id], token, now)
+
+    def _hand_out(self, request: Request, token: int, now: float) -> None:
+        seq = request.seq
+        request.timings.first_token = request.timings.first_token or now
+        ended_by_token = seq.finish_reason == "stop"
+        text = "" if ended_by_token else request.text_stream.add(token)
+        if seq.finish_reason or request.text_stream.stopped:
+            self._finish(request, seq.finish_reason or "stop", text, [token])
+        else:
+            request.text += text
+            request.on_event(StreamEvent(text, [token]))
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        text: str = "",
+        token_ids: list[int] | None = None,
+        error: MlxpageError | None = None,
+    ) -> None:
+        seq = request.seq
+        self.scheduler.finish(seq, reason)
+        del self._requests[seq.id]
+        text += request.text_stream.finish()
+        if request.text_stream.stopped:
+            seq.finish_reason = "stop"
+        request.text += text
+        request.timings.finished = time.perf_counter()
+        if seq.finish_reason != "abort":
+            self._counts["prompt_tokens"] += seq.num_prompt_tokens
+            self._counts["output_tokens"] += seq.num_output_tokens
+        output = request.output()
+        request.on_event(StreamEvent(text, token_ids or [], seq.finish_reason, output, error))
+
+    def _fail(self, schedule: Schedule, error: Exception) -> None:
+        """Fails the requests of a step that raised, and makes the pool anew: its arrays may be
+        unusable. Everyone else computes again."""
+        self._counts["failed_steps"] += 1
+        failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        for part in schedule.scheduled:
+            if request := self._requests.get(part.seq.id):
+                self._finish(request, "abort", error=failure)
+        self.scheduler.restart()
+        self.model.cache = None
+        mx.clear_cache()
+        self._new_pool()
+
+    # -- facts --
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and the state of the pool; block counts are those of the largest group."""
+        pool = max((group.pool for group in self.scheduler.groups), key=lambda p: p.num_blocks)
+        return {
+            **self._counts,
+            "preemptions": self.scheduler.num_preemptions,
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "blocks": {"total": pool.num_blocks, "used": pool.num_used, "free": pool.num_free},
+            "block_size": self.plan.block_size,
+            "bytes": {
+                "budget": self.plan.budget,
+                "weights": self.plan.weights,
+                "scratch": self.plan.scratch,
+                "pool": self.plan.pool,
+                "active": mx.get_active_memory(),
+                "peak": mx.get_peak_memory(),
+            },
+        }
+
+
+def _most_logprobs(wanted) -> int | None:
+    return max((count for count in wanted if count is not None), default=None)
+
+
+def _as_logprobs(tokens: list[int], arrays: tuple) -> list[TokenLogprobs]:
+    if not arrays:
+        return []
+    chosen, ids, values = (array.tolist() for array in arrays)
+    return [
+        TokenLogprobs(token, logprob, tuple(zip(top, of_top, strict=True)))
+        for token, logprob, top, of_top in zip(tokens, chosen, ids, values, strict=True)
+    ]
+
+
+def _first(entry: TokenLogprobs, count: int) -> TokenLogprobs:
+    """The batch computed as many as its most curious request wants."""
+    return replace(entry, top=entry.top[:count])

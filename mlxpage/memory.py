@@ -1,0 +1,205 @@
+"""How many blocks fit, and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxpage import reference
+from mlxpage.backend import device
+from mlxpage.errors import InvalidRequest, OutOfMemory
+from mlxpage.kv_cache import LayerSpec, windows
+from mlxpage.model import Model
+
+DEFAULT_SHARE = 0.5
+# Without a budget given, the pool is no larger than this many tokens for each sequence that may
+# run (or one whole context), although the budget would allow more.
+DEFAULT_TOKENS_PER_SEQUENCE = 1024
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6}
+_UNITS |= {"G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The memory of an engine, in bytes: weights, pool and scratch stay within the budget."""
+
+    budget: int
+    weights: int
+    scratch: int
+    pool: int
+    block_size: int
+    num_blocks: list[int]
+    """Per cache group, in the order of `windows`."""
+    tokens: int
+    """The longest sequence that the pool holds when it's alone."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        blocks = max(self.num_blocks)
+        return (
+            f"pool {gigabytes(self.pool)} = {blocks:,} blocks x {self.block_size} tokens = "
+            f"{self.tokens:,} tokens, room for {max(1, self.tokens // 1024):,} sequences of 1,024; "
+            f"weights {gigabytes(self.weights)}, scratch {gigabytes(self.scratch)}, "
+            f"budget {gigabytes(self.budget)}"
+        )
+
+
+def parse(memory: str | int | None, total: int) -> int:
+    """Bytes of "4GB", "512MiB", "50%" of `total`, or a number of bytes.
+
+    Raises InvalidRequest for anything else, or for more than `total`.
+    """
+    if memory is None:
+        return int(total * DEFAULT_SHARE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", str(memory))
+    unit = match and match[2].upper()
+    if not match or (unit != "%" and unit not in _UNITS):
+        raise InvalidRequest(f"memory is {memory!r}; write it like '4GB', '512MiB' or '50%'")
+    wanted = int(float(match[1]) * (total / 100 if unit == "%" else _UNITS[unit]))
+    if not 0 < wanted <= total:
+        raise InvalidRequest(
+            f"memory is {memory!r}, {gigabytes(wanted)}; this machine has {gigabytes(total)}"
+        )
+    return wanted
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def check_weights(folder: Path, memory: str | int | None) -> None:
+    """Raises OutOfMemory if the weights alone, as stored, are more than the budget: cheaper than
+    finding it out while they are loaded."""
+    machine = device()
+    budget = parse(memory, machine.memory)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if size > budget:
+        raise OutOfMemory(
+            f"the weights in {folder} are {gigabytes(size)}; the budget is {gigabytes(budget)} of "
+            f"this machine's {gigabytes(machine.memory)}. Give it more (memory), or take a smaller "
+            f"or quantised model."
+        )
+
+
+def plan(
+    model: Model,
+    *,
+    memory: str | int | None = None,
+    num_blocks: int | None = None,
+    block_size: int = 16,
+    max_num_seqs: int = 32,
+    max_num_batched_tokens: int = 512,
+) -> Plan:
+    """Sizes the pool: what the budget leaves beside the weights and one step's scratch.
+
+    `num_blocks` sets the size of the full-attention groups (or of all, if none is); the budget
+    then only has to hold it. Windowed groups are never larger than what `max_num_seqs` sequences
+    can read.
+
+    Raises OutOfMemory if the budget doesn't hold the weights and a usable pool.
+    """
+    machine = device()
+    budget = parse(memory, machine.memory)
+    weights = model.nbytes
+    scratch = _scratch(model, max_num_seqs, max_num_batched_tokens)
+    caps = [
+        None
+        if window is None
+        else _window_cap(window, block_size, max_num_seqs, max_num_batched_tokens)
+        for window in windows(model.specs)
+    ]
+
+    def blocks(wanted: int) -> list[int]:
+        return [wanted if cap is None else min(wanted, cap) for cap in caps]
+
+    def pool(wanted: int) -> int:
+        return _pool_bytes(model.specs, blocks(wanted), block_size)
+
+    context = model.context_length or 2**20
+    whole_context = -(-context // block_size)
+    smallest = min(whole_context, 1 + -(-max_num_batched_tokens // block_size))
+    fitting = _largest(lambda n: weights + scratch + pool(n) <= budget, 2**31 // block_size)
+    fitting = _largest(
+        lambda n: _largest_buffer(model.specs, n, block_size) <= machine.max_buffer, fitting
+    )
+    if num_blocks is None:
+        # Nobody can use more than this.
+        wanted = whole_context * max_num_seqs
+        if memory is None:
+            per_sequence = max_num_seqs * -(-DEFAULT_TOKENS_PER_SEQUENCE // block_size)
+            wanted = min(wanted, max(whole_context, per_sequence))
+        num_blocks = min(fitting, wanted)
+    elif num_blocks < 1:
+        raise InvalidRequest(f"num_blocks is {num_blocks}; it must be at least 1")
+    if num_blocks > fitting or fitting < smallest:
+        need = weights + scratch + pool(max(smallest, min(num_blocks, 2**31)))
+        raise OutOfMemory(
+            f"the weights ({gigabytes(weights)}), a step's scratch ({gigabytes(scratch)}) and a "
+            f"pool of {max(smallest, num_blocks):,} blocks need {gigabytes(need)}; the budget is "
+            f"{gigabytes(budget)} of this machine's {gigabytes(machine.memory)}. Give it more "
+            f"(memory), take a smaller or quantised model, or lower max_num_batched_tokens."
+        )
+    sizes = blocks(num_blocks)
+    return Plan(
+        budget, weights, scratch, pool(num_blocks), block_size, sizes, num_blocks * block_size
+    )
+
+
+def _largest(fits, upper: int) -> int:
+    """The largest n up to `upper` that fits; 0 if none does."""
+    low, high = 0, upper
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _window_cap(
+    window: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int
+) -> int:
+    """Blocks that `max_num_seqs` sequences hold at most: a window each, cut by a block at both
+    ends, and the rows of one step."""
+    each = -(-window // block_size) + 2
+    return max_num_seqs * each + -(-max_num_batched_tokens // block_size)
+
+
+def _pool_bytes(specs: list[LayerSpec], num_blocks: list[int], block_size: int) -> int:
+    groups = windows(specs)
+    # One more than the blocks that are handed out: NULL_BLOCK has its place too.
+    return sum(
+        (num_blocks[groups.index(spec.window)] + 1) * block_size * spec.bytes_per_token
+        for spec in specs
+    )
+
+
+def _largest_buffer(specs: list[LayerSpec], num_blocks: int, block_size: int) -> int:
+    return max(
+        (num_blocks + 1)
+        * block_size
+        * spec.kv_heads
+        * spec.dtype.size
+        * max(spec.k_head_dim, spec.v_head_dim)
+        for spec in specs
+    )
+
+
+def _scratch(model: Model, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """An upper estimate of what one step allocates beside weights and pool.
+
+    Activations of a few operations in a row, float32 logits with the copies that sampling makes,
+    scores where attention isn't fused, and one layer's gathered K and V.
+    """
+    config = model.config | model.config.get("text_config", {})
+    hidden = int(config.get("hidden_size") or 4096)
+    wide = max(int(config.get("intermediate_size") or 0), 4 * hidden)
+    size = max(spec.dtype.size for spec in model.specs)
+    activations = max_num_batched_tokens * (4 * hidden + 3 * wide) * size
+    logit_rows = max_num_seqs if model.gathers_rows else max_num_batched_tokens
+    logits = max(logit_rows, 64) * model.vocab_size * 4 * 4
+    context = min(model.context_length or 2**17, 2**17)
+    layer = max(spec.bytes_per_token for spec in model.specs)
+    gathered = 2 * layer * context
+    return activations + logits + 3 * reference.SCORES_BYTES + gathered

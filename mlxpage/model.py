@@ -1,0 +1,217 @@
+"""mlx-lm's models, unmodified, over a block pool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxpage import seam
+from mlxpage.backend import device, mlx_lm_utils, mx
+from mlxpage.errors import EngineError, InvalidModel, UnsupportedModel
+from mlxpage.kv_cache import KVCache, LayerSpec, Rows
+
+# What the families call the longest sequence they were trained for.
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "n_ctx",
+)
+
+
+class Model:
+    """One of mlx-lm's models, with its layers' K and V in a `KVCache`.
+
+    It takes tokens as rows of length 1, so one forward serves prompt chunks and single tokens of
+    any number of sequences, and it makes logits only for the rows that are sampled.
+    """
+
+    def __init__(self, module, config: dict[str, Any]):
+        """`module` and `config` are what `mlx_lm.utils.load_model` returns."""
+        self.module = module
+        self.config = config
+        self.family = config.get("model_type", type(module).__module__.rsplit(".", 1)[-1])
+        self.specs = _layer_specs(module, self.family)
+        self.vocab_size, self.logits_dtype = _logits(module)
+        self.context_length = _context_length(config)
+        self.cache: KVCache | None = None
+        self._sample_rows: mx.array | None = None
+        self._gathers_rows = _gather_rows_of_backbone(module, lambda: self._sample_rows)
+        self._hooked: int | None = None
+        seam.install()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.nbytes for p in _arrays(self.module))
+
+    @property
+    def gathers_rows(self) -> bool:
+        """Whether the head runs only for the sampled rows; else logits of all rows exist once."""
+        return self._gathers_rows
+
+    def bind(self, cache: KVCache) -> None:
+        self.cache = cache
+
+    def __call__(self, rows: Rows) -> mx.array:
+        """One forward: writes the rows' K and V, returns the logits (R, vocab) of `sample_rows`.
+
+        Lazy: the caller evaluates the logits together with `cache.arrays()`.
+        """
+        self.cache.begin(rows)
+        # With nothing to sample the head gets the first row, and nobody evaluates its logits.
+        wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
+        self._sample_rows = mx.array(wanted)
+        before = self._num_attended()
+        try:
+            logits = self.module(mx.array(rows.tokens)[:, None], cache=self.cache.layers)
+            if not self._gathers_rows:
+                logits = logits[self._sample_rows]
+        finally:
+            self._sample_rows = None
+        self._check_hooked(self._num_attended() - before)
+        return logits[: len(rows.sample_rows), -1]
+
+    def _num_attended(self) -> int:
+        return sum(layer.num_attended for layer in self.cache.layers)
+
+    def _check_hooked(self, calls: int) -> None:
+        if self._hooked is None:
+            self._hooked = calls
+        elif calls != self._hooked:
+            raise EngineError(
+                f"{calls} of {self._hooked} attention calls reached the block pool. Something in "
+                "this process has replaced mx.fast.scaled_dot_product_attention; load the model "
+                "again after it, or don't use both in one process."
+            )
+
+
+def load(
+    folder: Path, *, dtype: str | None = None, on_bytes: Callable[[int, int], None] | None = None
+) -> Model:
+    """Loads an mlx-lm model folder.
+
+    Args:
+        folder: with config.json and *.safetensors, already checked.
+        dtype: "float32", "float16" or "bfloat16" for all floating-point weights. None takes them
+            as stored; on a CPU, where MLX multiplies only float32 fast, it means float32.
+        on_bytes: called with the bytes loaded so far and in all.
+
+    Raises:
+        InvalidModel: the weights don't fit the architecture or can't be read.
+        UnsupportedModel: mlx-lm doesn't know the architecture, or it can't be paged.
+    """
+    try:
+        module, config = mlx_lm_utils().load_model(folder, lazy=True)
+        if dtype is None and device().kind == "cpu":
+            dtype = "float32"
+        if dtype is not None:
+            module.set_dtype(getattr(mx, dtype))
+        _evaluate(module, on_bytes)
+        return Model(module, config)
+    except (UnsupportedModel, MemoryError):
+        raise
+    except Exception as error:  # mlx-lm raises whatever its model code raises
+        raise _explained(error, folder) from error
+
+
+def _explained(error: Exception, folder: Path) -> InvalidModel:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, ValueError) and "not supported" in reason:
+        family = json.loads((folder / "config.json").read_text()).get("model_type")
+        return UnsupportedModel(f"mlx-lm has no model of type {family!r} ({folder})")
+    return InvalidModel(f"{folder} can't be loaded: {reason}")
+
+
+def _evaluate(module, on_bytes: Callable[[int, int], None] | None) -> None:
+    """Reads the weights array by array: no command buffer grows with the size of the model."""
+    arrays = list(_arrays(module))
+    total = sum(array.nbytes for array in arrays)
+    done = 0
+    for array in arrays:
+        mx.eval(array)
+        done += array.nbytes
+        if on_bytes:
+            on_bytes(done, total)
+
+
+def _arrays(module) -> Iterator[mx.array]:
+    from mlx.utils import tree_flatten
+
+    return (array for _, array in tree_flatten(module.parameters()))
+
+
+# -- what a model looks like, from its own lazy forward --
+
+
+def _layer_specs(module, family: str) -> list[LayerSpec]:
+    """Window, heads and dtype of every layer's cache, from a forward that is never evaluated."""
+    from mlx_lm.models.cache import KVCache as DenseCache
+    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+    caches = make_prompt_cache(module)
+    for cache in caches:
+        plain = type(cache) in (DenseCache, RotatingKVCache) and not getattr(cache, "keep", 0)
+        if not plain:
+            raise UnsupportedModel(
+                f"{family} keeps its state in {type(cache).__name__}, "
+                "which can't be paged yet; only attention layers with K and V can"
+            )
+    module(mx.zeros((1, 1), mx.int32), cache=caches)
+    if any(cache.keys is None for cache in caches):
+        raise UnsupportedModel(f"{family} has layers that share K and V, which can't be paged yet")
+    return [
+        LayerSpec(
+            window=getattr(cache, "max_size", None),
+            kv_heads=cache.keys.shape[1],
+            k_head_dim=cache.keys.shape[3],
+            v_head_dim=cache.values.shape[3],
+            dtype=cache.keys.dtype,
+        )
+        for cache in caches
+    ]
+
+
+def _logits(module) -> tuple[int, mx.Dtype]:
+    logits = module(mx.zeros((1, 1), mx.int32))
+    return logits.shape[-1], logits.dtype
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    for section in (config, config.get("text_config", {})):
+        for key in _CONTEXT_KEYS:
+            if isinstance(section.get(key), int):
+                return section[key]
+    return None
+
+
+def _gather_rows_of_backbone(module, wanted: Callable[[], mx.array | None]) -> bool:
+    """Makes the backbone return only the rows that `wanted()` names, if it names any.
+
+    The backbone is the outermost submodule that owns the layers; what follows it is the head. Its
+    class is swapped for a subclass, because Python looks `__call__` up there; attributes,
+    parameter names and `isinstance` stay as they were. False if the model isn't built that way.
+    """
+    owners = [
+        (name.count("."), submodule)
+        for name, submodule in module.named_modules()
+        if name and any(key in submodule for key in ("layers", "h", "blocks"))
+    ]
+    if not owners:
+        return False
+    backbone = min(owners, key=lambda owner: owner[0])[1]
+    original = type(backbone)
+
+    def __call__(self, *args, **kwargs):  # noqa: N807
+        hidden = original.__call__(self, *args, **kwargs)
+        rows = wanted()
+        return hidden if rows is None else hidden[rows]
+
+    backbone.__class__ = type(original.__name__, (original,), {"__call__": __call__})
+    return True

@@ -1,0 +1,128 @@
+"""From logits to tokens, for rows that each want it differently, in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxpage.backend import mx
+
+# A row that keeps more than this many tokens costs a sort of the whole vocabulary.
+_MAX_RANKED = 1024
+
+
+@dataclass(slots=True)
+class Penalties:
+    """Changes of single logits, as flat lists over all rows; each (row, token) occurs once."""
+
+    rows: np.ndarray  # (N,) int32
+    tokens: np.ndarray  # (N,) int32
+    repetition: np.ndarray  # (N,) float32 divides positive logits, multiplies negative ones
+    added: np.ndarray  # (N,) float32 biases less penalties; -inf forbids the token
+
+
+@dataclass(slots=True)
+class Choices:
+    """How the token of each row is chosen. NumPy, one entry per row."""
+
+    temperature: np.ndarray  # (R,) float32, 0 is greedy
+    top_k: np.ndarray  # (R,) int32, 0 is off
+    top_p: np.ndarray  # (R,) float32, 1 is off
+    min_p: np.ndarray  # (R,) float32, 0 is off
+    seeds: np.ndarray  # (R,) uint64, of the request
+    positions: np.ndarray  # (R,) uint64, tokens that the request has generated so far
+    penalties: Penalties | None = None
+
+
+def sample(logits: mx.array, choices: Choices) -> mx.array:
+    """(R,) int32 token ids from `logits` (R, vocab).
+
+    A row's token depends on its own logits, parameters, seed and position only: the noise of a
+    row comes from a key of its own, whatever else is in the batch.
+    """
+    logits = logits.astype(mx.float32)
+    if choices.penalties is not None:
+        logits = _penalised(logits, choices.penalties)
+    greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
+    if not choices.temperature.any():
+        return greedy
+    is_greedy = choices.temperature == 0
+    temperature = np.where(is_greedy, np.float32(1), choices.temperature)
+    scaled = _filtered(logits / mx.array(temperature)[:, None], choices)
+    keys = mx.array(_keys(choices.seeds, choices.positions))
+    noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[1:], key=key))(keys)
+    # Gumbel-max: the largest of logit plus noise is a draw from the softmax.
+    drawn = mx.argmax(scaled + noise, axis=-1).astype(mx.int32)
+    return mx.where(mx.array(is_greedy), greedy, drawn)
+
+
+def logprobs(logits: mx.array, tokens: mx.array, top: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Log-probabilities of the model's own distribution.
+
+    Args:
+        logits: (R, vocab)
+        tokens: (R,) whose log-probability is wanted
+        top: how many of the likeliest as well
+
+    Returns:
+        (R,) of the tokens, (R, top) token ids and (R, top) log-probabilities, likeliest first.
+    """
+    logits = logits.astype(mx.float32)
+    logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    if top == 0:
+        return chosen, mx.zeros((len(tokens), 0), mx.int32), mx.zeros((len(tokens), 0))
+    ids = mx.argpartition(logits, -top, axis=-1)[:, -top:]
+    values = mx.take_along_axis(logits, ids, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    ids = mx.take_along_axis(ids, order, axis=-1)
+    return chosen, ids.astype(mx.int32), mx.take_along_axis(values, order, axis=-1)
+
+
+def _penalised(logits: mx.array, penalties: Penalties) -> mx.array:
+    rows, tokens = mx.array(penalties.rows), mx.array(penalties.tokens)
+    repetition, added = mx.array(penalties.repetition), mx.array(penalties.added)
+    old = logits[rows, tokens]
+    new = mx.where(old > 0, old / repetition, old * repetition) + added
+    logits = mx.array(logits)  # item assignment must not reach the caller's array
+    logits[rows, tokens] = new
+    return logits
+
+
+def _filtered(logits: mx.array, choices: Choices) -> mx.array:
+    """Minus infinity for what top_k, top_p (of what top_k leaves) and min_p drop."""
+    vocab = logits.shape[-1]
+    # A greedy row's filters don't matter, and must not make the others sort everything.
+    drawn = choices.temperature > 0
+    top_k = np.where((choices.top_k == 0) | (choices.top_k > vocab), vocab, choices.top_k)
+    sorts = drawn & ((top_k < vocab) | (choices.top_p < 1))
+    if sorts.any():
+        width = int(top_k[sorts].max())
+        if width > _MAX_RANKED:
+            width, ranked = vocab, mx.sort(logits, axis=-1)[:, ::-1]
+        else:
+            ranked = mx.sort(mx.topk(logits, width, axis=-1), axis=-1)[:, ::-1]
+        keep = mx.arange(width) < mx.array(top_k)[:, None]
+        probabilities = mx.softmax(mx.where(keep, ranked, -mx.inf), axis=-1)
+        mass_before = mx.cumsum(probabilities, axis=-1) - probabilities
+        # The likeliest token always stays: no mass comes before it.
+        keep &= mass_before < mx.array(choices.top_p)[:, None]
+        threshold = mx.where(keep, ranked, mx.inf).min(axis=-1, keepdims=True)
+        threshold = mx.where(mx.array(sorts)[:, None], threshold, -mx.inf)
+        logits = mx.where(logits < threshold, -mx.inf, logits)
+    if (choices.min_p > 0).any():
+        with np.errstate(divide="ignore"):
+            floor = mx.array(np.log(choices.min_p, dtype=np.float32))[:, None]
+        logits = mx.where(logits < logits.max(axis=-1, keepdims=True) + floor, -mx.inf, logits)
+    return logits
+
+
+def _keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """(R, 2) uint32: a key for each (seed, position), by splitmix64's finaliser."""
+    with np.errstate(over="ignore"):
+        z = seeds + (positions + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return np.stack([z >> np.uint64(32), z & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)

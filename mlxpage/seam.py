@@ -1,0 +1,34 @@
+"""Where mlx-lm's models meet the pool: one function of MLX, looked up by mlx-lm at call time.
+
+The models call `mx.fast.scaled_dot_product_attention(q, k, v, ...)`. With the hook in its place,
+calls whose K, V and mask come tagged from the same LayerCache read the pool; every other call in
+the process goes to MLX's own function untouched.
+"""
+
+from __future__ import annotations
+
+from mlxpage.backend import mx
+from mlxpage.kv_cache import LayerCache, MaskTag, Tagged
+
+_dense_attention = mx.fast.scaled_dot_product_attention
+
+
+def install() -> None:
+    """Puts the hook in place; again does nothing."""
+    if mx.fast.scaled_dot_product_attention is not _attention:
+        mx.fast.scaled_dot_product_attention = _attention
+
+
+def is_installed() -> bool:
+    return mx.fast.scaled_dot_product_attention is _attention
+
+
+def _attention(q, k, v, *args, scale=None, mask=None, sinks=None, **options):
+    layer = k.tag if type(k) is Tagged and type(v) is Tagged and v.tag is k.tag else None
+    if isinstance(layer, LayerCache) and not args and not options:
+        # No mask and "causal" are what the rows' own positions say anyway.
+        own = mask is None or isinstance(mask, str)
+        tag = MaskTag(layer.step, layer.step.window) if own else getattr(mask, "tag", None)
+        if isinstance(tag, MaskTag) and tag.step is layer.step:
+            return layer.attend(q, tag.window, scale, sinks)
+    return _dense_attention(q, k, v, *args, scale=scale, mask=mask, sinks=sinks, **options)

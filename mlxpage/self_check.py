@@ -1,0 +1,117 @@
+"""Before a model serves: does it compute over the pool what mlx-lm computes without one?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlxpage.backend import mx
+from mlxpage.errors import InvalidModel, UnsupportedModel
+from mlxpage.kv_cache import KVCache, Rows, windows
+from mlxpage.model import Model
+
+# Rounding that the dtype makes by itself, relative to the largest logit.
+_FLOOR = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 4e-2}
+# How much more than mlx-lm's own noise is still noise.
+_SLACK = 8
+_CHEAP_WINDOW = 64
+
+
+def check(model: Model, block_size: int, seed: int = 0) -> None:
+    """Runs short random prompts through the pool and through mlx-lm's own caches.
+
+    The pool is a small one of its own, its blocks in random order and full of other values. The
+    prompts come in chunks of several sequences, then as single rows. Every layer has to reach the
+    attention hook, and the logits have to agree within the noise that mlx-lm shows itself when it
+    takes the same prompt in one or in two forwards. Windows of up to 64 positions are passed.
+
+    Raises:
+        UnsupportedModel: the model can't be run over a pool.
+        InvalidModel: its logits are not finite.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = [4, block_size + 1, 2 * block_size + 3]
+    cheap = [w for w in windows(model.specs) if w is not None and w <= _CHEAP_WINDOW]
+    if cheap:
+        lengths.append(max(cheap) + block_size)
+    prompts = [rng.integers(0, model.vocab_size, n).astype(np.int32) for n in lengths]
+
+    dense = [_dense(model, prompt) for prompt in prompts]
+    noise = np.abs(dense[-1] - _dense(model, prompts[-1][:-1], prompts[-1][-1:])).max()
+    if not all(np.isfinite(logits).all() for logits in dense):
+        raise InvalidModel(f"{model.family}: the logits are not finite; the weights are damaged")
+    paged = _paged(model, prompts, block_size, rng)
+
+    scale = max(np.abs(logits).max() for logits in dense)
+    allowed = _SLACK * noise + _FLOOR[_working_dtype(model)] * scale
+    for prompt, ours, theirs in zip(prompts, paged, dense, strict=True):
+        difference = np.abs(ours - theirs).max()
+        if not difference <= allowed:
+            raise UnsupportedModel(
+                f"{model.family} computes something else over a block pool: logits of a prompt of "
+                f"{len(prompt)} tokens differ by {difference:.2g}, where {allowed:.2g} is rounding"
+            )
+
+
+def _working_dtype(model: Model) -> mx.Dtype:
+    return min((spec.dtype for spec in model.specs), key=lambda dtype: dtype.size)
+
+
+def _dense(model: Model, *chunks: np.ndarray) -> np.ndarray:
+    """mlx-lm's logits (vocab,) after the last of the chunks of a prompt."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model.module)
+    for chunk in chunks:
+        logits = model.module(mx.array(chunk)[None], cache=cache)
+    return np.array(logits[0, -1].astype(mx.float32))
+
+
+def _paged(model: Model, prompts: list[np.ndarray], block_size: int, rng) -> list[np.ndarray]:
+    num_blocks = sum(-(-len(prompt) // block_size) for prompt in prompts)
+    groups = windows(model.specs)
+    cache = KVCache(model.specs, [num_blocks] * len(groups), block_size)
+    for layer in cache.layers:  # what a freed block holds: somebody else's K and V
+        layer.k = mx.random.normal(layer.k.shape).astype(layer.k.dtype)
+        layer.v = mx.random.normal(layer.v.shape).astype(layer.v.dtype)
+    mx.eval(cache.arrays())
+    order = iter(rng.permutation(num_blocks) + 1)
+    tables = [[next(order) for _ in range(-(-len(p) // block_size))] for p in prompts]
+
+    previous = model.cache
+    model.bind(cache)
+    try:
+        # The first two thirds of all prompts in one forward, then the rest, then one token each.
+        cuts = [[0, len(p) * 2 // 3, len(p) - 1, len(p)] for p in prompts]
+        for step in range(3):
+            spans = [(cut[step], cut[step + 1]) for cut in cuts]
+            logits = model(_rows(prompts, tables, spans, len(groups)))
+            mx.eval(logits, cache.arrays())
+            if step == 0:
+                _check_every_layer_attends(model)
+        return list(np.array(logits.astype(mx.float32)))
+    finally:
+        model.bind(previous)
+
+
+def _rows(prompts, tables, spans, num_groups: int) -> Rows:
+    """The shortest prompt has the single rows, so the order is the one that `Rows` asks for."""
+    longest = max(map(len, tables))
+    padded = np.array([t + [0] * (longest - len(t)) for t in tables], np.int32)
+    ends = np.cumsum([end - start for start, end in spans])
+    return Rows(
+        tokens=np.concatenate([p[a:b] for p, (a, b) in zip(prompts, spans, strict=True)]),
+        positions=np.concatenate([np.arange(a, b) for a, b in spans]).astype(np.int32),
+        starts=np.concatenate([[0], ends]).astype(np.int32),
+        contexts=np.array([end for _, end in spans], np.int32),
+        block_tables=[padded] * num_groups,
+        sample_rows=(ends - 1).astype(np.int32),
+    )
+
+
+def _check_every_layer_attends(model: Model) -> None:
+    aside = [i for i, layer in enumerate(model.cache.layers) if layer.num_attended == 0]
+    if aside:
+        raise UnsupportedModel(
+            f"{model.family} changes K and V after its cache (layers {aside[:8]}), "
+            "so its attention can't read the block pool yet"
+        )
