@@ -70,6 +70,11 @@ class BlockPool:
         for block in range(1, self.num_blocks + 1):
             counted, owned = self._references[block], owners[block]
             assert counted == owned, f"block {block}: {counted} references, {owned} owners"
-            assert (counted == 0) == (block in self._free), f"block {block} is free and used"
-        assert self.num_free + self.num_used == self.num_blocks
-        assert set(owners) <= set(range(1, self.num_blocks + 1)), "a table holds unknown blocks"
+            if owned:
+                assert block not in self._free, f"block {block} is used and free"
+            else:
+                assert block in self._free, f"block {block} is lost: neither used nor free"
+        in_use = len(owners)
+        assert in_use + self.num_free == self.num_blocks, (
+            f"{in_use} used + {self.num_free} free blocks; the pool has {self.num_blocks}"
+        )

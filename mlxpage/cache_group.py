@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from mlxpage.block_pool import NULL_BLOCK, BlockPool
 
 
@@ -30,6 +32,10 @@ class CacheGroup:
     def missing(self, table: list[int], num_tokens: int) -> int:
         """Blocks to add before `num_tokens` positions have a place."""
         return -(-num_tokens // self.block_size) - len(table)
+
+    def held(self, table: list[int]) -> int:
+        """Blocks that `table` owns: what was given back is at its front."""
+        return len(table) - (bisect_left(table, True, key=bool) if self.window else 0)
 
     def grow(self, table: list[int], count: int) -> None:
         table += self.pool.allocate(count)

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlxpage.backend import mx
 from mlxpage.batch import Batch
+from mlxpage.block_pool import BlockPool
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
 from mlxpage.kv_cache import KVCache
@@ -91,6 +92,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._counts = {"steps": 0, "prompt_tokens": 0, "output_tokens": 0, "failed_steps": 0}
+        self._peak_blocks = 0
 
     def request(
         self,
@@ -179,6 +181,8 @@ class Engine:
     def step(self) -> None:
         """One turn of the crank. Whatever fails in it fails the requests of this step only."""
         schedule = self.scheduler.schedule()
+        self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
+        self._note_start(schedule)
         try:
             batch = Batch.of(schedule, self.plan.block_size)
             computed = self._compute(batch)
@@ -213,14 +217,17 @@ class Engine:
     def _new_pool(self) -> None:
         self.model.bind(KVCache(self.model.specs, self.plan.num_blocks, self.plan.block_size))
 
+    def _note_start(self, schedule: Schedule) -> None:
+        now = time.perf_counter()
+        for part in schedule.scheduled:
+            timings = self._requests[part.seq.id].timings
+            timings.scheduled = timings.scheduled or now
+
     # -- results --
 
     def _record(self, schedule: Schedule, batch: Batch, computed: Computed) -> None:
         now = time.perf_counter()
         self._counts["steps"] += 1
-        for part in schedule.scheduled:
-            timings = self._requests[part.seq.id].timings
-            timings.scheduled = timings.scheduled or now
         for (seq, position), entry in zip(batch.scoring, computed.prompt_logprobs, strict=True):
             known = self._requests[seq.id].prompt_logprobs
             if position == len(known):  # a preempted prompt is computed again
@@ -284,13 +291,18 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters and the state of the pool; block counts are those of the largest group."""
-        pool = max((group.pool for group in self.scheduler.groups), key=lambda p: p.num_blocks)
+        pool = self._largest_pool()
         return {
             **self._counts,
             "preemptions": self.scheduler.num_preemptions,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
-            "blocks": {"total": pool.num_blocks, "used": pool.num_used, "free": pool.num_free},
+            "blocks": {
+                "total": pool.num_blocks,
+                "used": pool.num_used,
+                "free": pool.num_free,
+                "peak_used": self._peak_blocks,
+            },
             "block_size": self.plan.block_size,
             "bytes": {
                 "budget": self.plan.budget,
@@ -301,6 +313,9 @@ class Engine:
                 "peak": mx.get_peak_memory(),
             },
         }
+
+    def _largest_pool(self) -> BlockPool:
+        return max((group.pool for group in self.scheduler.groups), key=lambda p: p.num_blocks)
 
 
 def _most_logprobs(wanted) -> int | None:

@@ -24,16 +24,23 @@ class EngineThread:
     thread that is still in MLX while the interpreter is torn down ends the process with a crash.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine]):
-        """Makes the engine on the new thread and waits for it; raises what `make_engine` does."""
+    def __init__(self, make_engine: Callable[[threading.Event], Engine]):
+        """Makes the engine on the new thread and waits for it; raises what `make_engine` does.
+
+        The event that `make_engine` gets is set when nobody wants the engine any more.
+        """
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        closing = threading.Event()
         ready: Future[Engine] = Future()
-        self._thread = threading.Thread(
-            target=_run, args=(make_engine, self._inbox, ready), name="mlxpage-engine", daemon=True
+        thread = threading.Thread(
+            target=_run,
+            args=(make_engine, self._inbox, ready, closing),
+            name="mlxpage-engine",
+            daemon=True,
         )
-        self._thread.start()
+        thread.start()
         # Runs when this object goes or the interpreter ends, whichever comes first.
-        self.close = weakref.finalize(self, _stop, self._thread, self._inbox)
+        self.close = weakref.finalize(self, _stop, thread, self._inbox, closing)
         try:
             self.engine = ready.result()
         except BaseException:
@@ -49,14 +56,15 @@ class EngineThread:
         return future
 
 
-def _stop(thread: threading.Thread, inbox: queue.SimpleQueue) -> None:
+def _stop(thread: threading.Thread, inbox: queue.SimpleQueue, closing: threading.Event) -> None:
+    closing.set()
     inbox.put(None)
     thread.join()
 
 
-def _run(make_engine, inbox: queue.SimpleQueue, ready: Future) -> None:
+def _run(make_engine, inbox: queue.SimpleQueue, ready: Future, closing: threading.Event) -> None:
     try:
-        engine = make_engine()
+        engine = make_engine(closing)
     except BaseException as error:
         ready.set_exception(error)
     else:

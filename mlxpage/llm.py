@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
-from mlxpage.errors import InvalidRequest
+from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.outputs import RequestOutput, StreamEvent
 from mlxpage.sampling_params import SamplingParams
 
@@ -66,15 +67,21 @@ class LLM:
         self.folder = folder
         self.defaults = model_store.generation_defaults(folder)
 
-        def make_engine():
+        def make_engine(closing: threading.Event):
             from mlxpage import memory as sizing
             from mlxpage import model as models
             from mlxpage import self_check
             from mlxpage.engine import Engine
             from mlxpage.text import Tokenizer
 
+            def on_bytes(done: int, total: int) -> None:
+                if closing.is_set():
+                    raise EngineError("closed while the model was loading")
+                if on_loaded:
+                    on_loaded(done, total)
+
             sizing.check_weights(folder, memory)
-            loaded = models.load(folder, dtype=dtype, on_bytes=on_loaded)
+            loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
             limits = {
                 "max_num_seqs": max_num_seqs,
                 "max_num_batched_tokens": max_num_batched_tokens,

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxpage import seam
 from mlxpage.backend import device, mlx_lm_utils, mx
-from mlxpage.errors import EngineError, InvalidModel, UnsupportedModel
+from mlxpage.errors import EngineError, InvalidModel, MlxpageError, UnsupportedModel
 from mlxpage.kv_cache import KVCache, LayerSpec, Rows
 
 # What the families call the longest sequence they were trained for.
@@ -93,7 +93,11 @@ class Model:
 
 
 def load(
-    folder: Path, *, dtype: str | None = None, on_bytes: Callable[[int, int], None] | None = None
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    weights: bool = True,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Loads an mlx-lm model folder.
 
@@ -101,6 +105,7 @@ def load(
         folder: with config.json and *.safetensors, already checked.
         dtype: "float32", "float16" or "bfloat16" for all floating-point weights. None takes them
             as stored; on a CPU, where MLX multiplies only float32 fast, it means float32.
+        weights: False leaves the arrays unread, for a look at the shapes.
         on_bytes: called with the bytes loaded so far and in all.
 
     Raises:
@@ -113,9 +118,10 @@ def load(
             dtype = "float32"
         if dtype is not None:
             module.set_dtype(getattr(mx, dtype))
-        _evaluate(module, on_bytes)
+        if weights:
+            _evaluate(module, on_bytes)
         return Model(module, config)
-    except (UnsupportedModel, MemoryError):
+    except (MlxpageError, MemoryError):
         raise
     except Exception as error:  # mlx-lm raises whatever its model code raises
         raise _explained(error, folder) from error

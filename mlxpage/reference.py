@@ -72,12 +72,12 @@ def plan(
 
     spans = []
     num_decoding = int(np.searchsorted(lengths > 1, True))
-    for begin, end in _buckets(blocks[:num_decoding]):
-        columns = first[begin:end, None] // block_size + np.arange(blocks[end - 1])
-        taken = np.take_along_axis(
-            tables[begin:end], np.minimum(columns, tables.shape[1] - 1), axis=1
-        )
-        positions = first[begin:end, None] + np.arange(blocks[end - 1] * block_size)
+    for begin, end, width in _buckets(blocks[:num_decoding]):
+        # A sequence with fewer blocks than the bucket reads on past its own: masked.
+        columns = first[begin:end, None] // block_size + np.arange(width)
+        columns = np.minimum(columns, tables.shape[1] - 1)
+        taken = np.take_along_axis(tables[begin:end], columns, axis=1)
+        positions = first[begin:end, None] + np.arange(width * block_size)
         readable = positions < contexts[begin:end, None]
         if window is not None:
             readable &= positions >= contexts[begin:end, None] - window
@@ -99,15 +99,16 @@ def plan(
     return spans
 
 
-def _buckets(blocks: np.ndarray) -> list[tuple[int, int]]:
-    """Cuts ascending block counts into runs that don't pad too much."""
-    cuts, begin, padding = [], 0, 0
-    for i in range(1, len(blocks)):
-        padding += (blocks[i] - blocks[i - 1]) * (i - begin)
-        if padding > _BUCKET_BLOCKS:
-            cuts.append((begin, i))
-            begin, padding = i, 0
-    return [*cuts, (begin, len(blocks))] if len(blocks) else []
+def _buckets(blocks: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cuts block counts into runs (begin, end, largest count) that don't pad too much."""
+    buckets, begin, total, width = [], 0, 0, 0
+    for i, count in enumerate(blocks.tolist()):
+        widened = max(width, count)
+        if widened * (i - begin + 1) - (total + count) > _BUCKET_BLOCKS:
+            buckets.append((begin, i, width))
+            begin, total, widened = i, 0, count
+        total, width = total + count, widened
+    return [*buckets, (begin, len(blocks), width)] if len(blocks) else []
 
 
 def write(pool: mx.array, rows: mx.array, blocks: mx.array, offsets: mx.array) -> mx.array:

@@ -52,11 +52,10 @@ class Scheduler:
     def __init__(
         self, groups: list[CacheGroup], *, max_num_seqs: int = 32, max_num_batched_tokens: int = 512
     ):
-        if max_num_batched_tokens < max_num_seqs:
+        if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise InvalidRequest(
-                f"max_num_batched_tokens is {max_num_batched_tokens}, fewer than max_num_seqs "
-                f"({max_num_seqs}): every running sequence needs a token a step. "
-                f"Raise the first or lower the second."
+                f"max_num_seqs is {max_num_seqs}; it must be from 1 to max_num_batched_tokens "
+                f"({max_num_batched_tokens}): every running sequence needs a token a step."
             )
         self.groups = groups
         self.max_num_seqs = max_num_seqs
@@ -96,8 +95,8 @@ class Scheduler:
                 raise InvalidRequest(
                     f"the prompt's {seq.num_prompt_tokens:,} tokens and up to "
                     f"{seq.max_length - seq.num_prompt_tokens:,} new ones need {need:,} blocks of "
-                    f"{group.block_size} tokens; the pool holds {group.pool.num_blocks:,} blocks "
-                    f"({capacity:,} tokens). Shorten the prompt, lower max_tokens, or give the "
+                    f"{group.block_size} tokens; the pool holds {group.pool.num_blocks:,} (a "
+                    f"sequence of at most {capacity:,} tokens). Shorten the prompt, lower max_tokens, or give the "
                     f"pool more (memory or num_blocks)."
                 )
 
@@ -110,6 +109,7 @@ class Scheduler:
         return schedule
 
     def _continue_running(self, schedule: Schedule) -> None:
+        self._give_back()
         running = self.running
         budget = self.max_num_batched_tokens
         index = 0
@@ -141,12 +141,14 @@ class Scheduler:
         will be its last."""
         if seq.num_tokens >= seq.max_length:
             return 0
+        granted = min(seq.num_tokens - seq.num_computed_tokens, budget)
         if (
-            seq.params.prompt_logprobs is not None
+            granted > PROMPT_LOGPROBS_CHUNK
+            and seq.params.prompt_logprobs is not None
             and seq.num_computed_tokens < seq.num_prompt_tokens
         ):
-            budget = min(budget, PROMPT_LOGPROBS_CHUNK)
-        return min(seq.num_tokens - seq.num_computed_tokens, budget)
+            return PROMPT_LOGPROBS_CHUNK
+        return granted
 
     def _plan(self, schedule: Schedule, seq: Sequence, granted: int) -> None:
         start = seq.num_computed_tokens
@@ -160,13 +162,19 @@ class Scheduler:
 
     # -- blocks --
 
+    def _give_back(self) -> None:
+        """Frees what has left the windows; the step that still read it has been planned."""
+        for index, group in enumerate(self.groups):
+            if group.window is not None:
+                for seq in self.running:
+                    group.give_back(seq.block_tables[index], seq.num_computed_tokens)
+
     def _make_room(self, seq: Sequence, granted: int, schedule: Schedule) -> bool:
         """Gives `seq` the blocks for its next tokens, preempting the newest sequences if it must;
         False if that took `seq` itself."""
+        end = seq.num_computed_tokens + granted
         for group, table in zip(self.groups, seq.block_tables, strict=True):
-            if group.window is not None:
-                group.give_back(table, seq.num_computed_tokens)
-            missing = group.missing(table, seq.num_computed_tokens + granted)
+            missing = group.missing(table, end)
             if missing <= 0:
                 continue
             while group.pool.num_free < missing:
@@ -200,7 +208,8 @@ class Scheduler:
         A sequence admitted into the last free blocks is the newest, so the next one to be
         preempted: its prompt would be computed over and over. The room kept for growth starts
         with a block each and is four times as much after each preemption of `seq`; after the
-        fourth it is all that anyone can ever ask for, so there is no fifth.
+        fourth it is all that anyone can ever ask for. Who comes later is preempted earlier, so
+        there is no fifth; only a newcomer of better priority can cost one more.
         """
         ahead = self._reserve(seq)
         for index, group in enumerate(self.groups):
@@ -213,12 +222,13 @@ class Scheduler:
                 chunk = min(
                     other.num_tokens - other.num_computed_tokens, self.max_num_batched_tokens
                 )
-                room -= max(0, group.blocks_for(end, chunk) - len(table) + table.count(0))
+                room -= max(0, group.blocks_for(end, chunk) - group.held(table))
                 if room < 0:
                     return False
         return True
 
     def _reserve(self, seq: Sequence) -> int | None:
+        """Blocks of growth for each running sequence; None: up to their `max_length`."""
         return 4**seq.num_preemptions if seq.num_preemptions < 4 else None
 
     # -- results --
@@ -254,9 +264,13 @@ class Scheduler:
         seq.finish_reason = reason
 
     def restart(self) -> None:
-        """Makes every running sequence compute its tokens again: their K and V are gone."""
+        """Makes every running sequence compute its tokens again: their K and V are gone, and
+        tokens on their way won't arrive."""
         while self.running:
             self._preempt(self.running.pop(), Schedule())
+        for seq in self.waiting:
+            seq.num_tokens -= seq.num_pending
+            seq.num_pending = 0
 
     def _forget_finished(self) -> None:
         self.running = [seq for seq in self.running if seq.status is Status.RUNNING]

@@ -51,6 +51,7 @@ class Sequence:
         stop_token_ids: frozenset[int] = frozenset(),
         priority: int = 0,
     ):
+        assert 0 < len(prompt_token_ids) < max_length, "a prompt and room for a token after it"
         self.id = id
         self.arrival = id
         self.priority = priority
@@ -96,6 +97,7 @@ class Sequence:
 
     def append(self, token: int) -> FinishReason | None:
         """Takes a sampled token in place of its placeholder; says whether it ends the sequence."""
+        assert self.num_pending > 0, f"{self} expects no token"
         self.num_pending -= 1
         self.token_ids.append(token)
         if token in self.stop_token_ids and self.num_output_tokens > self.params.min_tokens:

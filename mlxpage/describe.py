@@ -1,0 +1,70 @@
+"""What `mlxpage info` tells: the machine, and how a model would fit, before weights are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import mlxpage
+from mlxpage import memory as sizing
+from mlxpage import model as models
+from mlxpage import model_store
+from mlxpage.backend import BLAS, device
+from mlxpage.kv_cache import windows
+
+
+def machine() -> dict[str, Any]:
+    """Versions, device and memory."""
+    here = device()
+    facts = {
+        "mlxpage": mlxpage.__version__,
+        "mlx": version("mlx"),
+        "mlx-lm": version("mlx-lm"),
+        "device": f"{here.kind} ({here.name})",
+        "memory": sizing.gigabytes(here.memory),
+        "backend": "reference",
+        "cache folder": str(model_store.cache_dir()),
+    }
+    if here.kind == "cpu":
+        facts["BLAS"] = BLAS or "MLX's own, slow (install OpenBLAS)"
+    return facts
+
+
+def model(
+    name: str | os.PathLike[str],
+    *,
+    memory: str | int | None = None,
+    block_size: int = 16,
+    max_num_seqs: int = 32,
+    dtype: str | None = None,
+    on_status: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """A model's shape and its memory plan. Raises what loading it would, as far as that shows
+    without its weights; `OutOfMemory` is told instead."""
+    folder = model_store.resolve(name, on_status=on_status)
+    model_store.check_folder(folder)
+    loaded = models.load(folder, dtype=dtype, weights=False)
+    facts = {
+        "model": str(folder),
+        "family": loaded.family,
+        "layers": len(loaded.specs),
+        "heads of K and V": ", ".join(
+            sorted({f"{s.kv_heads} x {s.k_head_dim}" for s in loaded.specs})
+        ),
+        "windows": ", ".join(
+            f"{sum(s.window == w for s in loaded.specs)} layers {'full' if w is None else w}"
+            for w in windows(loaded.specs)
+        ),
+        "context": f"{loaded.context_length:,} tokens" if loaded.context_length else "not stated",
+        "vocabulary": f"{loaded.vocab_size:,} tokens",
+        "K/V of a token": f"{sum(s.bytes_per_token for s in loaded.specs):,} bytes",
+        "sampling defaults": model_store.generation_defaults(folder) or "greedy",
+    }
+    try:
+        plan = sizing.plan(loaded, memory=memory, block_size=block_size, max_num_seqs=max_num_seqs)
+        facts["fits"] = plan.describe()
+    except mlxpage.OutOfMemory as error:
+        facts["fits"] = f"no: {error}"
+    return facts
