@@ -202,4 +202,6 @@ def _scratch(model: Model, max_num_seqs: int, max_num_batched_tokens: int) -> in
     context = min(model.context_length or 2**17, 2**17)
     layer = max(spec.bytes_per_token for spec in model.specs)
     gathered = 2 * layer * context
-    return activations + logits + 3 * reference.SCORES_BYTES + gathered
+    heads = int(config.get("num_attention_heads") or 32)
+    scores = 4 * heads * reference.MAX_SCORES * 4
+    return activations + logits + scores + gathered

@@ -96,8 +96,8 @@ class Scheduler:
                     f"the prompt's {seq.num_prompt_tokens:,} tokens and up to "
                     f"{seq.max_length - seq.num_prompt_tokens:,} new ones need {need:,} blocks of "
                     f"{group.block_size} tokens; the pool holds {group.pool.num_blocks:,} (a "
-                    f"sequence of at most {capacity:,} tokens). Shorten the prompt, lower max_tokens, or give the "
-                    f"pool more (memory or num_blocks)."
+                    f"sequence of at most {capacity:,} tokens). Shorten the prompt, lower "
+                    f"max_tokens, or give the pool more (memory or num_blocks)."
                 )
 
     def schedule(self) -> Schedule:

@@ -94,7 +94,7 @@ def _vocabulary(ggml: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _merges_by_score(ggml: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's scores stand for, the best score first."""
+    """The merges that SentencePiece's scores stand for, best first, as transformers has them."""
     mergeable = {
         token: i
         for i, (token, kind) in enumerate(zip(ggml["tokens"], ggml["token_type"], strict=True))
