@@ -6,6 +6,7 @@ import heapq
 from bisect import insort
 from dataclasses import dataclass, field
 
+from mlxpage.block_pool import NULL_BLOCK
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import FinishReason
@@ -284,5 +285,5 @@ class Scheduler:
         for index, group in enumerate(self.groups):
             tables = [seq.block_tables[index] for seq in sequences]
             group.pool.check(tables)
-            writable = [table[-1] for table in tables if table]
+            writable = [table[-1] for table in tables if table and table[-1] != NULL_BLOCK]
             assert len(set(writable)) == len(writable), "two sequences write into one block"

@@ -76,7 +76,7 @@ def generation_defaults(path: Path) -> dict[str, float | int]:
     """The sampling defaults that generation_config.json states; {} when it is missing or broken.
 
     Keys: temperature, top_p, top_k, min_p, repetition_penalty, each only where the file has a
-    usable number. `do_sample: false` is temperature 0.
+    usable number. `do_sample` false is temperature 0; true, without one, is 1.
     """
     file = Path(path) / "generation_config.json"
     try:
@@ -86,6 +86,8 @@ def generation_defaults(path: Path) -> dict[str, float | int]:
     defaults = {key: stated[key] for key in _SAMPLING if _is_usable(key, stated.get(key))}
     if stated.get("do_sample") is False:
         defaults["temperature"] = 0.0
+    elif stated.get("do_sample") is True:
+        defaults.setdefault("temperature", 1.0)
     return defaults
 
 

@@ -1,0 +1,207 @@
+"""The pool against a model of it that only knows the rules."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mlxpage.block_pool import NULL_BLOCK, BlockPool
+
+
+def test_a_new_pool_hands_out_its_blocks_in_order():
+    assert BlockPool(4).allocate(4) == [1, 2, 3, 4]
+
+
+def test_a_freed_table_is_reused_back_to_front():
+    pool = BlockPool(3)
+    pool.free(pool.allocate(3))
+    assert pool.allocate(3) == [3, 2, 1]
+
+
+def test_free_blocks_are_reused_before_freshly_freed_ones():
+    pool = BlockPool(4)
+    pool.free(pool.allocate(2))
+    assert pool.allocate(4) == [3, 4, 2, 1]
+
+
+def test_a_shared_block_is_free_after_its_last_owner():
+    pool = BlockPool(2)
+    table = pool.allocate(2)
+    pool.share(table)
+    pool.free(table)
+    assert pool.num_free == 0
+    pool.free(table)
+    assert pool.num_free == 2
+
+
+def test_null_entries_of_a_table_are_passed_over():
+    pool = BlockPool(2)
+    table = [NULL_BLOCK, *pool.allocate(1), NULL_BLOCK]
+    pool.share(table)
+    pool.free(table)
+    pool.check([table])
+    pool.free(table)
+    assert pool.allocate(2) == [2, 1]
+
+
+def test_taking_more_than_is_free_is_our_mistake_and_takes_nothing():
+    pool = BlockPool(2)
+    with pytest.raises(AssertionError, match="3 blocks wanted, 2 free"):
+        pool.allocate(3)
+    assert pool.allocate(2) == [1, 2]
+
+
+def test_a_block_is_not_freed_twice():
+    pool = BlockPool(2)
+    table = pool.allocate(1)
+    pool.free(table)
+    with pytest.raises(AssertionError, match="block 1 is freed twice"):
+        pool.free(table)
+
+
+def test_a_free_block_is_not_shared():
+    with pytest.raises(AssertionError, match="block 2 is free"):
+        BlockPool(2).share([2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda pool, table: pool._free.pop(5), "block 5 is lost"),
+        (lambda pool, table: table.pop(), "block 3: 1 references, 0 owners"),
+        (lambda pool, table: table.append(2), "block 2: 1 references, 2 owners"),
+        (lambda pool, table: table.append(5), "block 5: 0 references, 1 owners"),
+        (lambda pool, table: pool._references.__setitem__(2, 2), "block 2: 2 references, 1 own"),
+        (lambda pool, table: pool._free.__setitem__(2, None), "block 2 is used and free"),
+        (lambda pool, table: pool._free.__setitem__(NULL_BLOCK, None), "3 used . 4 free .* has 6"),
+        (lambda pool, table: table.append(7), "4 used . 3 free blocks; the pool has 6"),
+    ],
+    ids=[
+        "lost block",
+        "forgotten table entry",
+        "double owner",
+        "free block in a table",
+        "stale count",
+        "used block in the free queue",
+        "null block in the free queue",
+        "unknown block in a table",
+    ],
+)
+def test_check_finds(damage, message):
+    pool = BlockPool(6)
+    table = pool.allocate(3)
+    pool.check([table])
+    damage(pool, table)
+    with pytest.raises(AssertionError, match=message):
+        pool.check([table])
+
+
+# -- random use --
+
+
+class Model:
+    """Owners as a list of tables, free blocks as a list in the order of reuse."""
+
+    def __init__(self, num_blocks: int):
+        self.free = list(range(1, num_blocks + 1))
+        self.tables: list[list[int]] = []
+
+    def owners(self, block: int) -> int:
+        return sum(table.count(block) for table in self.tables)
+
+    def allocate(self, count: int) -> list[int]:
+        taken, self.free = self.free[:count], self.free[count:]
+        self.tables.append(taken)
+        return list(taken)
+
+    def share(self, index: int, count: int) -> list[int]:
+        self.tables.append(self.tables[index][:count])
+        return list(self.tables[-1])
+
+    def release(self, index: int, first: int, last: int) -> list[int]:
+        """Entries `first` to `last` of a table become NULL_BLOCK; returns what they were."""
+        table = self.tables[index]
+        released = table[first:last]
+        for position in reversed(range(first, last)):
+            block, table[position] = table[position], NULL_BLOCK
+            if block != NULL_BLOCK and self.owners(block) == 0:
+                self.free.append(block)
+        if not any(table):
+            del self.tables[index]
+        return released
+
+
+class PoolAgainstModel(RuleBasedStateMachine):
+    @initialize(num_blocks=st.integers(1, 40))
+    def make(self, num_blocks):
+        self.num_blocks = num_blocks
+        self.pool = BlockPool(num_blocks)
+        self.model = Model(num_blocks)
+
+    def draw_table(self, data) -> int:
+        return data.draw(st.integers(0, len(self.model.tables) - 1), label="table")
+
+    @precondition(lambda self: self.model.free)
+    @rule(data=st.data())
+    def allocate(self, data):
+        count = data.draw(st.integers(1, len(self.model.free)), label="count")
+        used = set().union(*self.model.tables)
+        blocks = self.pool.allocate(count)
+        assert blocks == self.model.allocate(count), "the front of the free queue is taken next"
+        assert NULL_BLOCK not in blocks and used.isdisjoint(blocks)
+
+    @precondition(lambda self: self.model.tables)
+    @rule(data=st.data())
+    def share_the_front_of_a_table(self, data):
+        index = self.draw_table(data)
+        count = data.draw(st.integers(1, len(self.model.tables[index])), label="count")
+        if any(self.model.tables[index][:count]):
+            self.pool.share(self.model.share(index, count))
+
+    @precondition(lambda self: self.model.tables)
+    @rule(data=st.data())
+    def free_a_whole_table(self, data):
+        index = self.draw_table(data)
+        self.pool.free(self.model.release(index, 0, len(self.model.tables[index])))
+
+    @precondition(lambda self: self.model.tables)
+    @rule(data=st.data())
+    def free_a_part_of_a_table(self, data):
+        index = self.draw_table(data)
+        last = data.draw(st.integers(1, len(self.model.tables[index])), label="last")
+        first = data.draw(st.integers(0, last - 1), label="first")
+        self.pool.free(self.model.release(index, first, last))
+
+    @invariant()
+    def counts_agree(self):
+        assert self.pool.num_free == len(self.model.free)
+        assert self.pool.num_used == self.num_blocks - len(self.model.free)
+        for block in range(1, self.num_blocks + 1):
+            assert self.pool.num_owners(block) == self.model.owners(block)
+        assert self.pool.num_owners(NULL_BLOCK) == 0
+        self.pool.check(self.model.tables)
+
+    def teardown(self):
+        if hasattr(self, "pool"):
+            assert self.pool.allocate(self.pool.num_free) == self.model.free
+
+
+@pytest.mark.parametrize("examples", [200, pytest.param(2000, marks=pytest.mark.full)])
+def test_the_pool_does_what_its_model_does(examples):
+    run_state_machine_as_test(
+        PoolAgainstModel,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=50,
+            deadline=None,
+            database=None,
+            derandomize=examples == 200,
+        ),
+    )

@@ -1,0 +1,261 @@
+"""A pretend engine: it computes plans against a memory that remembers who wrote what.
+
+It knows the rules of a paged cache, and nothing of how the scheduler keeps them: a row writes the
+slot of its position, then reads the slots of all positions in its window. Every claim about a
+plan is asserted while it runs.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from mlxpage.cache_group import CacheGroup
+from mlxpage.sampling_params import SamplingParams
+from mlxpage.scheduler import PROMPT_LOGPROBS_CHUNK, Schedule, Scheduler
+from mlxpage.sequence import Sequence, Status
+
+STOP = 1
+PROMPT_TOKEN = 2
+PARAMS = SamplingParams()
+WITH_PROMPT_LOGPROBS = SamplingParams(prompt_logprobs=0)
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: int
+    new: int
+    stop_after: int | None = None  # outputs before the stop token
+    priority: int = 0
+    prompt_logprobs: bool = False
+
+    def token(self, index: int) -> int:
+        """The output at `index`, whatever batch it is computed in."""
+        return STOP if index == self.stop_after else 10 + index
+
+    def alone(self) -> list[int]:
+        """What it generates when it's served on its own."""
+        tokens = []
+        while len(tokens) < self.new and STOP not in tokens:
+            tokens.append(self.token(len(tokens)))
+        return tokens
+
+    def sequence(self, id: int) -> Sequence:
+        return Sequence(
+            id,
+            [PROMPT_TOKEN] * self.prompt,
+            WITH_PROMPT_LOGPROBS if self.prompt_logprobs else PARAMS,
+            max_length=self.prompt + self.new,
+            stop_token_ids=frozenset([STOP]),
+            priority=self.priority,
+        )
+
+
+@dataclass
+class Content:
+    """What a block holds: the first `filled` tokens of a block of one life of a sequence."""
+
+    life: tuple[int, int]  # sequence id, preemptions so far
+    index: int
+    filled: int
+
+
+class World:
+    """`depth` steps are planned before the tokens of the first of them are known."""
+
+    def __init__(self, scheduler: Scheduler, depth: int = 0):
+        self.scheduler = scheduler
+        self.depth = depth
+        self.requests: list[Request] = []
+        self.sequences: list[Sequence] = []
+        self.in_flight: deque[Schedule] = deque()
+        self.memory: list[dict[int, Content]] = [{} for _ in scheduler.groups]
+        self.num_fed: dict[tuple[int, int], int] = {}  # per life: tokens computed
+        self.num_sampled: list[int] = []  # prompt and sampled tokens, read or not
+        self.aborted: set[int] = set()
+        self.newcomers: list[int] = []  # per sequence: later ones of better priority
+        self.num_steps = 0
+        self.num_computed = self.num_recomputed = 0
+        self.furthest: dict[int, int] = {}
+
+    # -- the engine's part --
+
+    def add(self, request: Request) -> Sequence:
+        seq = request.sequence(len(self.sequences))
+        self.scheduler.add(seq)
+        for other in self.sequences:
+            self.newcomers[other.id] += request.priority < other.priority
+        self.requests.append(request)
+        self.sequences.append(seq)
+        self.num_sampled.append(request.prompt)
+        self.newcomers.append(0)
+        return seq
+
+    def abort(self, seq: Sequence) -> None:
+        if seq.status is not Status.FINISHED:
+            self.aborted.add(seq.id)
+        reason = seq.finish_reason
+        self.scheduler.finish(seq, "abort")
+        assert seq.finish_reason == (reason or "abort")
+        self.scheduler.check()
+
+    def step(self) -> Schedule:
+        plan = self.plan()
+        self.deliver(plan)
+        return plan
+
+    def plan(self) -> Schedule:
+        before = list(self.scheduler.running)
+        plan = self.scheduler.schedule()
+        self.num_steps += 1
+        self.scheduler.check()
+        self.check_plan(plan, before)
+        self.compute(plan)
+        self.check_tables(plan)
+        if plan:
+            self.in_flight.append(plan)
+        else:
+            assert self.in_flight or not self.scheduler.has_work, "nothing will ever happen again"
+        return plan
+
+    def deliver(self, plan: Schedule) -> None:
+        """Reads the tokens of the oldest step, if there are more than the look-ahead leaves, or
+        nothing can be planned without them."""
+        if len(self.in_flight) > (self.depth if plan else 0):
+            self.update()
+
+    def update(self) -> None:
+        plan = self.in_flight.popleft()
+        sampling = [part for part in plan.scheduled if part.samples]
+        pairs = [
+            (part.seq, self.next_token(part.seq, part.start + part.num_tokens)) for part in sampling
+        ]
+        counted = [pair for pair in pairs if pair[0].status is not Status.FINISHED]
+        assert self.scheduler.update(plan, [token for _, token in pairs]) == counted
+        self.scheduler.check()
+
+    def next_token(self, seq: Sequence, position: int) -> int:
+        request = self.requests[seq.id]
+        return request.token(position - request.prompt)
+
+    def run(self) -> None:
+        """Until everything has ended; then nothing may be left over."""
+        while self.scheduler.has_work or self.in_flight:
+            self.step()
+        for group in self.scheduler.groups:
+            assert group.pool.num_used == 0
+        for seq, request in zip(self.sequences, self.requests, strict=True):
+            expected = request.alone()
+            if seq.id in self.aborted:
+                assert seq.finish_reason == "abort"
+                expected = expected[: seq.num_output_tokens]
+            else:
+                assert seq.finish_reason == ("stop" if expected[-1] == STOP else "length")
+            assert seq.output_token_ids == expected
+
+    # -- the rules --
+
+    def check_plan(self, plan: Schedule, before: list[Sequence]) -> None:
+        scheduler = self.scheduler
+        parts = [part.seq.id for part in plan.scheduled]
+        running = {seq.id for seq in scheduler.running}
+        num_tokens = sum(part.num_tokens for part in plan.scheduled)
+        assert plan.num_scheduled_tokens == num_tokens <= scheduler.max_num_batched_tokens
+        assert len(running) <= scheduler.max_num_seqs
+        assert len(set(parts)) == len(parts), "a sequence has two parts"
+
+        done = {id for id in running if self.is_planned_to_its_end(self.sequences[id])}
+        assert set(parts) == running - done, "each running sequence advances, and no other"
+
+        preempted = {seq.id for seq in plan.preempted}
+        stayed = {seq.id for seq in before} - preempted
+        admitted = running - stayed
+        assert stayed <= running and preempted <= {seq.id for seq in before}
+        assert not (preempted and admitted), "admitted into room that was just taken"
+        for id in preempted:
+            assert all(self.place(other) < self.place(id) for other in stayed), "not the newest"
+            most = 4 + self.newcomers[id]
+            assert self.sequences[id].num_preemptions <= most, "preempted again and again"
+        for seq in scheduler.waiting:
+            assert seq.status is Status.WAITING and not any(seq.block_tables)
+            assert all(self.place(other) < self.place(seq.id) for other in admitted), "overtaken"
+
+    def place(self, id: int) -> tuple[int, int]:
+        return (self.requests[id].priority, id)
+
+    def is_planned_to_its_end(self, seq: Sequence) -> bool:
+        request = self.requests[seq.id]
+        return self.num_sampled[seq.id] == request.prompt + request.new
+
+    def compute(self, plan: Schedule) -> None:
+        for index, group in enumerate(self.scheduler.groups):
+            writers: dict[int, int] = {}
+            for part in plan.scheduled:
+                self.write(index, group, part, writers)
+            for part in plan.scheduled:
+                self.read(index, group, part)
+        for part in plan.scheduled:
+            seq, end = part.seq, part.start + part.num_tokens
+            assert part.start == self.num_fed.get(self.life(seq), 0), "skipped or repeated"
+            assert end <= self.num_sampled[seq.id], "a token is fed before it is sampled"
+            if end > len(seq.token_ids):
+                assert part.num_tokens == 1, "a token that nobody knows yet, in a longer chunk"
+            if seq.params.prompt_logprobs is not None and part.start < seq.num_prompt_tokens:
+                assert part.num_tokens <= PROMPT_LOGPROBS_CHUNK
+            assert part.samples == (end == self.num_sampled[seq.id])
+            self.num_fed[self.life(seq)] = end
+            self.num_sampled[seq.id] += part.samples
+            request = self.requests[seq.id]
+            assert self.num_sampled[seq.id] <= request.prompt + request.new, "max_tokens overrun"
+            known = self.furthest.get(seq.id, 0)
+            self.num_computed += part.num_tokens
+            self.num_recomputed += max(0, min(end, known) - part.start)
+            self.furthest[seq.id] = max(end, known)
+
+    def life(self, seq: Sequence) -> tuple[int, int]:
+        return (seq.id, seq.num_preemptions)
+
+    def write(self, index: int, group: CacheGroup, part, writers: dict[int, int]) -> None:
+        memory, size = self.memory[index], group.block_size
+        life, end = self.life(part.seq), part.start + part.num_tokens
+        for column in range(part.start // size, (end - 1) // size + 1):
+            block = part.seq.block_tables[index][column]
+            assert 1 <= block <= group.pool.num_blocks
+            assert writers.setdefault(block, part.seq.id) == part.seq.id, "two write to a block"
+            first, last = max(0, part.start - column * size), min(size, end - column * size)
+            if first:
+                assert memory[block] == Content(life, column, first), "a block has lost its start"
+            elif block in memory:
+                assert not self.is_needed(memory[block], group), "overwritten while in use"
+            memory[block] = Content(life, column, last)
+
+    def read(self, index: int, group: CacheGroup, part) -> None:
+        memory, size = self.memory[index], group.block_size
+        life, end = self.life(part.seq), part.start + part.num_tokens
+        first = 0 if group.window is None else max(0, part.start - group.window + 1)
+        for column in range(first // size, (end - 1) // size + 1):
+            content = memory[part.seq.block_tables[index][column]]
+            assert (content.life, content.index) == (life, column), "reads what others wrote"
+            assert content.filled == min(size, end - column * size), "reads what nobody wrote"
+
+    def is_needed(self, content: Content, group: CacheGroup) -> bool:
+        """Whether a row of this step or of a later one reads the block."""
+        seq = self.sequences[content.life[0]]
+        if seq.status is not Status.RUNNING or self.life(seq) != content.life:
+            return False
+        if self.is_planned_to_its_end(seq):
+            return False
+        first = 0 if group.window is None else self.num_fed[content.life] - group.window + 1
+        return (content.index + 1) * group.block_size > first
+
+    def check_tables(self, plan: Schedule) -> None:
+        """No more blocks are held than the tokens, the window and the chunk ask for."""
+        chunks = {part.seq.id: part.num_tokens for part in plan.scheduled}
+        for seq in self.scheduler.running:
+            for group, table in zip(self.scheduler.groups, seq.block_tables, strict=True):
+                held = sum(block != 0 for block in table)
+                tokens = self.num_fed[self.life(seq)]
+                assert len(table) == -(-tokens // group.block_size)
+                if group.window is not None and seq.id in chunks:
+                    read = group.window - 1 + chunks[seq.id]
+                    assert held <= -(-(read - 1) // group.block_size) + 1
+                elif group.window is None:
+                    assert held == len(table)
