@@ -123,7 +123,7 @@ def main() -> None:
     work = workload(tokenizer, args.requests, args.longest, seed=0)
     arms = {"mlxpage": run_ours, "mlx_lm": run_mlx_lm}
     results = {name: [] for name in arms}
-    for name, arm in arms.items():  # warm-up
+    for arm in arms.values():  # warm-up
         arm(model, tokenizer, [(p[:32], 8) for p, _ in work[:4]], args)
     for _ in range(args.repeats):
         for name, arm in arms.items():

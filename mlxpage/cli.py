@@ -7,13 +7,13 @@ import os
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
 import mlxpage
-from mlxpage.errors import InvalidRequest, MlxpageError
+from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
 
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -21,34 +21,45 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 def main() -> None:
     """Runs the command line and ends the process with its exit code."""
-    sys.exit(run(sys.argv[1:]))
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: a model's file must not take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal can't show is no failure
+    try:
+        code = run(sys.argv[1:])
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        os._exit(INTERRUPTED)  # Python's own end waits for the step that is being computed
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
-    """Runs a command; returns the exit code (`mlxpage.errors` has the table)."""
+    """Runs a command; returns the exit code (`mlxpage.errors` has the table). Ctrl-C goes through,
+    as click's `Abort`."""
     try:
         cli.main(arguments, prog_name="mlxpage", standalone_mode=False)
         sys.stdout.flush()
         return 0
     except click.exceptions.Exit as end:
         return end.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
-        return INTERRUPTED
+    except click.Abort:
+        raise
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except MlxpageError as error:
-        _say(f"Error: {error}", fg="red")
-        return error.exit_code
-    except BrokenPipeError:
-        # Whoever read the answer has enough of it; the interpreter must not fail on it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _ReaderGone:
+        _forget_output()
         return BROKEN_PIPE
+    except OSError as error:  # of stdout: those of model files come as errors of our own
+        _forget_output()
+        _show(str(error), error)
+        return 1
+    except MlxpageError as error:
+        _show(str(error), error)
+        return error.exit_code
     except Exception as error:
-        if os.environ.get("MLXPAGE_DEBUG"):
-            traceback.print_exc()
-        _say(f"Error: {type(error).__name__}: {error}", fg="red")
+        _show(f"{type(error).__name__}: {error}", error)
         _say("This is a bug in mlxpage. Set MLXPAGE_DEBUG=1 to see where it happened.")
         return 1
 
@@ -57,7 +68,35 @@ def _say(line: str, **style: Any) -> None:
     click.secho(line, err=True, **style)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _show(message: str, error: Exception) -> None:
+    if os.environ.get("MLXPAGE_DEBUG"):
+        traceback.print_exception(error)
+    _say(f"Error: {message}", fg="red")
+
+
+def _forget_output() -> None:
+    """The interpreter flushes stdout once more when it ends, and must not fail on it again."""
+    with suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _ReaderGone(Exception):
+    """Whoever read the answer has enough of it."""
+
+
+class _Commands(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        # click would end the process by itself, with 1.
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise _ReaderGone from None
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(mlxpage.__version__, prog_name="mlxpage")
 def cli() -> None:
     """Run language models on a Mac, many prompts at once, over a paged K/V cache.
@@ -111,10 +150,12 @@ def generate(model, prompts, max_tokens, system, raw, max_num_seqs, as_json, qui
     A PROMPT of '-', or none at all with piped input, reads standard input. A model with a chat
     template gets the prompt as a user's message, unless --raw is given.
     """
-    prompts = [_read_stdin() if prompt == "-" else prompt for prompt in _given(prompts)]
     params, engine = _split(options)
     params = mlxpage.SamplingParams(max_tokens=max_tokens, **params)
-    engine["max_num_seqs"] = max_num_seqs or min(32, len(prompts))
+    prompts = [_read_stdin() if prompt == "-" else prompt for prompt in _given(prompts)]
+    if not raw and not all(prompt.strip() for prompt in prompts):
+        raise InvalidRequest("a PROMPT is empty; write something, or give --raw to mean it")
+    engine["max_num_seqs"] = min(32, len(prompts)) if max_num_seqs is None else max_num_seqs
     with _loaded(model, quiet, **engine) as llm:
         raw = raw or not llm.tokenizer.has_chat_template
         ids = [_prompt_ids(llm, prompt, system, raw) for prompt in prompts]
@@ -132,13 +173,16 @@ def generate(model, prompts, max_tokens, system, raw, max_num_seqs, as_json, qui
 def _given(prompts: tuple[str, ...]) -> list[str]:
     if prompts:
         return list(prompts)
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin.isatty():
         raise click.UsageError("no PROMPT given: write it after MODEL, or pipe it in")
     return ["-"]
 
 
 def _read_stdin() -> str:
-    return click.get_text_stream("stdin").read()
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is no text in {error.encoding}") from None
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,10 +197,16 @@ def _loaded(model: str, quiet: bool, **options):
     status = None if quiet else lambda line: _say(line, dim=True)
     with _loading_bar(quiet) as on_loaded:
         llm = mlxpage.LLM(model, on_status=status, on_loaded=on_loaded, **options)
-    with llm:
+    try:
         if not quiet:
             _say(llm.plan.describe(), dim=True)
         yield llm
+    except KeyboardInterrupt:
+        raise  # without waiting for the step that is being computed: `main` ends the process
+    except BaseException:
+        llm.close()
+        raise
+    llm.close()
 
 
 @contextmanager
@@ -218,8 +268,11 @@ def _summary(outputs, seconds: float, stats) -> str:
     first = min(output.timings.ttft_s for output in outputs)
     blocks = stats["blocks"]
     block_bytes = stats["bytes"]["pool"] / blocks["total"]
+    answers = "1 answer" if len(outputs) == 1 else f"{len(outputs)} answers"
+    if cut := sum(output.finish_reason == "length" for output in outputs):
+        answers += f" ({cut} cut short by --max-tokens or the context)"
     return (
-        f"{len(outputs)} answers, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tok/s, "
+        f"{answers}, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tok/s, "
         f"first token after {first * 1000:.0f} ms; {prompt:,} prompt tokens; pool in use at most "
         f"{blocks['peak_used']:,} of {blocks['total']:,} blocks "
         f"({blocks['peak_used'] * block_bytes / 1e6:.0f} MB)"
@@ -287,14 +340,15 @@ def chat(model, max_tokens, system, **options):
 
 def _ask() -> str | None:
     """The user's next line, None at its end."""
-    interactive = sys.stdin.isatty()
-    if interactive:
+    if sys.stdin.isatty():
         click.echo("> ", nl=False, err=True)
     try:
         line = sys.stdin.readline()
     except KeyboardInterrupt:
         click.echo(err=True)
         return ""
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is no text in {error.encoding}") from None
     if not line:
         return None
     return line.strip()
@@ -311,7 +365,11 @@ def _turn(llm, messages, line: str, params) -> list[dict[str, str]]:
     except KeyboardInterrupt:
         _say(" (stopped)", dim=True)
     except InvalidRequest as error:
-        _say(f"{error} /clear begins a new conversation.", fg="red")
+        _show(f"{error} /clear begins a new conversation.", error)
+        return messages
+    except EngineError as error:
+        click.echo()
+        _show(str(error), error)
         return messages
     click.echo()
     return [*asked, {"role": "assistant", "content": text}]

@@ -13,6 +13,7 @@ from mlxpage import model as models
 from mlxpage import model_store
 from mlxpage.backend import BLAS, device
 from mlxpage.kv_cache import windows
+from mlxpage.llm import check_options
 
 
 def machine() -> dict[str, Any]:
@@ -43,6 +44,7 @@ def model(
 ) -> dict[str, Any]:
     """A model's shape and its memory plan. Raises what loading it would, as far as that shows
     without its weights; `OutOfMemory` is told instead."""
+    check_options(name, block_size=block_size, max_num_seqs=max_num_seqs, dtype=dtype)
     folder = model_store.resolve(name, on_status=on_status)
     model_store.check_folder(folder)
     loaded = models.load(folder, dtype=dtype, weights=False)

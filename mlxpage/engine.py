@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,6 +81,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.plan = plan
         self.defaults = defaults or {}
+        self._vocab_size = model.vocab_size
+        self._context_length = model.context_length or 2**31
+        # A tokenizer may end texts by a token that its model doesn't have.
+        self._eos = frozenset(i for i in tokenizer.eos_token_ids if self._is_token(i))
         self._new_pool()
         groups = [
             CacheGroup(blocks, plan.block_size, window)
@@ -108,7 +113,7 @@ class Engine:
         """
         params = params.with_defaults(self.defaults)
         self._check_tokens(prompt, params)
-        eos = frozenset() if params.ignore_eos else self.tokenizer.eos_token_ids
+        eos = frozenset() if params.ignore_eos else self._eos
         seq = Sequence(
             next(self._ids),
             prompt,
@@ -124,24 +129,27 @@ class Engine:
     def _check_tokens(self, prompt: list[int], params: SamplingParams) -> None:
         if not prompt:
             raise InvalidRequest("the prompt is empty; give it at least one token")
-        vocab = self.model.vocab_size
+        vocab = self._vocab_size
         for name, ids in (
             ("the prompt", prompt),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias or ()),
         ):
             for token in ids:
-                if not isinstance(token, int) or not 0 <= token < vocab:
+                if not self._is_token(token):
                     raise InvalidRequest(
                         f"{name} holds {token!r}; token ids of this model go from 0 to {vocab - 1}"
                     )
         if params.top_k and params.top_k > vocab:
             raise InvalidRequest(f"top_k is {params.top_k}; the vocabulary has {vocab} tokens")
 
+    def _is_token(self, token: Any) -> bool:
+        return isinstance(token, int) and 0 <= token < self._vocab_size
+
     def _max_length(self, prompt: int, max_tokens: int | None) -> int:
         """Prompt and output together: as asked, but no longer than the model's context; if nothing
         was asked, no longer than the pool either."""
-        context = self.model.context_length or 2**31
+        context = self._context_length
         if prompt >= context:
             raise InvalidRequest(
                 f"the prompt has {prompt:,} tokens; the model's context of {context:,} must hold "
@@ -165,9 +173,9 @@ class Engine:
         if request := self._requests.get(request_id):
             self._finish(request, "abort")
 
-    def abort_all(self) -> None:
-        for request_id in list(self._requests):
-            self.abort(request_id)
+    def abort_all(self, error: MlxpageError | None = None) -> None:
+        for request in list(self._requests.values()):
+            self._finish(request, "abort", error=error)
 
     def close(self) -> None:
         """Gives the memory of weights and pool back."""
@@ -193,6 +201,8 @@ class Engine:
     # -- compute --
 
     def _compute(self, batch: Batch) -> Computed:
+        if self.model.cache is None:
+            self._new_pool()
         logits = self.model(batch.rows)
         num_sampled = len(batch.sampling)
         tokens = mx.zeros(0, mx.int32)
@@ -260,9 +270,10 @@ class Engine:
         error: MlxpageError | None = None,
     ) -> None:
         seq = request.seq
+        if error is None:
+            text += request.text_stream.finish()
         self.scheduler.finish(seq, reason)
         del self._requests[seq.id]
-        text += request.text_stream.finish()
         if request.text_stream.stopped:
             seq.finish_reason = "stop"
         request.text += text
@@ -274,8 +285,8 @@ class Engine:
         request.on_event(StreamEvent(text, token_ids or [], seq.finish_reason, output, error))
 
     def _fail(self, schedule: Schedule, error: Exception) -> None:
-        """Fails the requests of a step that raised, and makes the pool anew: its arrays may be
-        unusable. Everyone else computes again."""
+        """Fails the requests of a step that raised, and drops the pool, which the next step makes
+        anew: its arrays may be unusable. Everyone else computes again."""
         self._counts["failed_steps"] += 1
         failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
@@ -284,8 +295,8 @@ class Engine:
                 self._finish(request, "abort", error=failure)
         self.scheduler.restart()
         self.model.cache = None
+        forget_locals(error)
         mx.clear_cache()
-        self._new_pool()
 
     # -- facts --
 
@@ -316,6 +327,13 @@ class Engine:
 
     def _largest_pool(self) -> BlockPool:
         return max((group.pool for group in self.scheduler.groups), key=lambda p: p.num_blocks)
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Empties the frames that an error came through: who keeps the error must not keep arrays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _most_logprobs(wanted) -> int | None:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from mlxpage.backend import mx
-from mlxpage.engine import Engine
+from mlxpage.engine import Engine, forget_locals
 from mlxpage.errors import EngineError
 
 T = TypeVar("T")
@@ -30,69 +30,111 @@ class EngineThread:
         The event that `make_engine` gets is set when nobody wants the engine any more.
         """
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        # Not as an argument: a thread keeps those, and what they refer to, as long as it runs.
+        self._inbox.put(make_engine)
         closing = threading.Event()
+        self._ended = threading.Event()
         ready: Future[Engine] = Future()
-        thread = threading.Thread(
+        self._thread = threading.Thread(
             target=_run,
-            args=(make_engine, self._inbox, ready, closing),
+            args=(self._inbox, ready, closing, self._ended),
             name="mlxpage-engine",
             daemon=True,
         )
-        thread.start()
+        self._thread.start()
         # Runs when this object goes or the interpreter ends, whichever comes first.
-        self.close = weakref.finalize(self, _stop, thread, self._inbox, closing)
+        self.close = weakref.finalize(self, _stop, self._thread, self._inbox, closing)
         try:
             self.engine = ready.result()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def is_running(self) -> bool:
+        """False once it has ended, and in a forked child, where it never was."""
+        return self._thread.is_alive() and not self._ended.is_set()
+
+    @property
+    def is_current(self) -> bool:
+        return self._thread is threading.current_thread()
+
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
-        """Runs `function(engine)` on the thread, between steps."""
-        if not self.close.alive:
-            raise EngineError("the engine is closed")
+        """Runs `function(engine)` on the thread, between steps. The future fails with
+        `EngineError` when the engine is closed before that."""
         future: Future[T] = Future()
         self._inbox.put((function, future))
+        if not self.is_running:  # who ended it may have emptied the inbox just before
+            _refuse_calls(self._inbox)
         return future
 
 
 def _stop(thread: threading.Thread, inbox: queue.SimpleQueue, closing: threading.Event) -> None:
     closing.set()
     inbox.put(None)
-    thread.join()
+    # The garbage collector may call this on any thread.
+    if thread is not threading.current_thread():
+        thread.join()
 
 
-def _run(make_engine, inbox: queue.SimpleQueue, ready: Future, closing: threading.Event) -> None:
+def _run(
+    inbox: queue.SimpleQueue, ready: Future, closing: threading.Event, ended: threading.Event
+) -> None:
     try:
-        engine = make_engine(closing)
+        engine = inbox.get()(closing)
     except BaseException as error:
+        # Who catches the error must not keep the weights that were loaded so far.
+        forget_locals(error)
         ready.set_exception(error)
     else:
         ready.set_result(engine)
-        del ready
-        while _serve_calls(engine, inbox):
-            if engine.has_work:
-                engine.step()
-        engine.abort_all()
+        _serve(engine, inbox)
         engine.close()
         del engine
-    mx.clear_cache()
-    mx.clear_streams()
+    finally:
+        ended.set()
+        _refuse_calls(inbox)
+        mx.clear_cache()
+        mx.clear_streams()
 
 
-def _serve_calls(engine: Engine, inbox: queue.SimpleQueue) -> bool:
+def _serve(engine: Engine, inbox: queue.SimpleQueue) -> None:
+    while _answer_calls(engine, inbox):
+        try:
+            if engine.has_work:
+                engine.step()
+        except Exception as error:  # a step fails its own requests; this one couldn't
+            failure = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            engine.abort_all(failure)
+    engine.abort_all()
+
+
+def _answer_calls(engine: Engine, inbox: queue.SimpleQueue) -> bool:
     """Runs what is in the inbox, and waits for something if there is no work; False to end."""
-    while True:
-        try:
-            item = inbox.get(block=not engine.has_work)
-        except queue.Empty:
-            return True
-        if item is None:
-            return False
-        function, future = item
-        if not future.set_running_or_notify_cancel():
-            continue
-        try:
-            future.set_result(function(engine))
-        except BaseException as error:
-            future.set_exception(error)
+    try:
+        while (call := inbox.get(block=not engine.has_work)) is not None:
+            _answer(engine, *call)
+            del call  # while this waits, it must not keep what was asked for
+    except queue.Empty:
+        return True
+    return False
+
+
+def _answer(engine: Engine, function: Callable, future: Future) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function(engine))
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _refuse_calls(inbox: queue.SimpleQueue) -> None:
+    try:
+        while True:
+            call = inbox.get_nowait()
+            if isinstance(call, tuple) and call[1].set_running_or_notify_cancel():
+                call[1].set_exception(EngineError("the engine is closed"))
+    except queue.Empty:
+        pass

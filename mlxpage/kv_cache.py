@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class Tagged(mx.array):
     do so too, or take the tag off.
     """
 
-    tag: object
+    tag: object = None
 
     @staticmethod
     def of(array: mx.array, tag: object) -> Tagged:
@@ -115,14 +115,25 @@ for _name in ("and_", "or_", "xor", "lshift", "rshift"):
     _in_place_gives_a_plain_array(_name)
 
 
+@dataclass(slots=True)
+class Forward:
+    """The forward under way. Apart from the KVCache, because its layers see it too: if they led
+    back to the KVCache, a dropped pool would stay until Python's collector ran."""
+
+    positions: mx.array | None = None  # (T,)
+    steps: list[GroupStep] = field(default_factory=list)  # one per cache group
+
+
 class LayerCache:
     """One layer's pool, in the shape of mlx-lm's cache protocol (`mlx_lm/models/cache.py`)."""
 
-    def __init__(self, cache: KVCache, spec: LayerSpec, group: int, num_blocks: int):
-        self._cache = cache
+    def __init__(
+        self, forward: Forward, spec: LayerSpec, group: int, num_blocks: int, block_size: int
+    ):
+        self._forward = forward
         self._group = group
         self.spec = spec
-        shape = (num_blocks + 1, spec.kv_heads, cache.block_size)
+        shape = (num_blocks + 1, spec.kv_heads, block_size)
         self.k = mx.zeros((*shape, spec.k_head_dim), spec.dtype)
         self.v = mx.zeros((*shape, spec.v_head_dim), spec.dtype)
         self.num_attended = 0
@@ -130,14 +141,14 @@ class LayerCache:
 
     @property
     def step(self) -> GroupStep:
-        return self._cache.steps[self._group]
+        return self._forward.steps[self._group]
 
     # -- what mlx-lm's models call --
 
     @property
     def offset(self) -> mx.array:
         """(T,) each row's position."""
-        return self._cache.positions
+        return self._forward.positions
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803
         kept = self.step.window
@@ -187,20 +198,24 @@ class KVCache:
     def __init__(self, specs: list[LayerSpec], num_blocks: list[int], block_size: int):
         """`num_blocks` has one entry per cache group, in the order of `windows(specs)`."""
         self.block_size = block_size
+        self.num_blocks = num_blocks
         self.windows = windows(specs)
+        self._forward = Forward()
         groups = [self.windows.index(spec.window) for spec in specs]
         self.layers = [
-            LayerCache(self, spec, group, num_blocks[group])
+            LayerCache(self._forward, spec, group, num_blocks[group], block_size)
             for spec, group in zip(specs, groups, strict=True)
         ]
-        self.steps: list[GroupStep] = []
-        self.positions: mx.array | None = None
         mx.eval(self.arrays())
 
     def begin(self, rows: Rows) -> None:
         """Makes `rows` the ones that the next forward writes and reads."""
-        self.positions = mx.array(rows.positions)
-        self.steps = [
+        for tables, num_blocks in zip(rows.block_tables, self.num_blocks, strict=True):
+            # MLX doesn't check: on a GPU this would be somebody else's memory.
+            known = tables.min() >= 0 and tables.max() <= num_blocks
+            assert known, "a table holds a block that the pool doesn't have"
+        self._forward.positions = mx.array(rows.positions)
+        self._forward.steps = [
             GroupStep(rows, tables, self.block_size, window)
             for tables, window in zip(rows.block_tables, self.windows, strict=True)
         ]

@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, overload
 
 from mlxpage.errors import EngineError, InvalidRequest
@@ -14,6 +15,8 @@ from mlxpage.sampling_params import SamplingParams
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
+
+ALIVE_SECONDS = 1.0  # how often a caller that waits looks whether the engine's thread still runs
 
 
 class LLM:
@@ -57,9 +60,16 @@ class LLM:
         on_status: Callable[[str], None] | None = None,
         on_loaded: Callable[[int, int], None] | None = None,
     ):
-        _one_of("block_size", block_size, (16, 32))
-        _one_of("backend", backend, (None, "reference"))
-        _one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
+        check_options(
+            model,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            backend=backend,
+            dtype=dtype,
+            seed=seed,
+        )
         from mlxpage import model_store
 
         folder = model_store.resolve(model, on_status=on_status)
@@ -67,35 +77,20 @@ class LLM:
         self.folder = folder
         self.defaults = model_store.generation_defaults(folder)
 
-        def make_engine(closing: threading.Event):
-            from mlxpage import memory as sizing
-            from mlxpage import model as models
-            from mlxpage import self_check
-            from mlxpage.engine import Engine
-            from mlxpage.text import Tokenizer
-
-            def on_bytes(done: int, total: int) -> None:
-                if closing.is_set():
-                    raise EngineError("closed while the model was loading")
-                if on_loaded:
-                    on_loaded(done, total)
-
-            sizing.check_weights(folder, memory)
-            loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
-            limits = {
-                "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": max_num_batched_tokens,
-            }
-            plan = sizing.plan(
-                loaded, memory=memory, num_blocks=num_blocks, block_size=block_size, **limits
-            )
-            self_check.check(loaded, block_size)
-            tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
-            return Engine(loaded, tokenizer, plan, defaults=self.defaults, seed=seed, **limits)
-
         from mlxpage.engine_thread import EngineThread
 
-        self._thread = EngineThread(make_engine)
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        self._thread = EngineThread(
+            _engine_maker(
+                folder,
+                {"memory": memory, "num_blocks": num_blocks, "block_size": block_size},
+                limits,
+                dtype=dtype,
+                seed=seed,
+                defaults=self.defaults,
+                on_loaded=on_loaded,
+            )
+        )
         self._engine = self._thread.engine
         self.plan = self._engine.plan
         self.family = config["model_type"]
@@ -122,11 +117,11 @@ class LLM:
 
         One prompt gives one output; a list of prompts gives their outputs in the same order.
         `params` is for all of them, or a list with one for each. All prompts are checked before
-        the first is computed. Ctrl-C ends them all.
+        the first is computed. Ctrl-C ends them all. Lower `priority` is served first.
         """
         if _is_prompt(prompts):
             return self._run([prompts], _each(params, 1), priority)[0]
-        prompts = list(prompts)
+        prompts = _many(prompts)
         return self._run(prompts, _each(params, len(prompts)), priority)
 
     def chat(
@@ -157,7 +152,7 @@ class LLM:
         priority: int = 0,
     ) -> Iterator[tuple[int, StreamEvent]]:
         """Generations as they come: (index of the prompt, event). Leaving the loop ends all."""
-        prompts = list(prompts)
+        prompts = _many(prompts)
         return self._events(prompts, _each(params, len(prompts)), priority)
 
     def _run(self, prompts, params, priority) -> list[RequestOutput]:
@@ -168,6 +163,8 @@ class LLM:
         return outputs
 
     def _events(self, prompts, params, priority) -> Iterator[tuple[int, StreamEvent]]:
+        _integer("priority", priority)
+        self._check_open()
         events: queue.SimpleQueue[tuple[int, StreamEvent]] = queue.SimpleQueue()
         requests = [
             self._engine.request(
@@ -181,21 +178,46 @@ class LLM:
         return self._follow(requests, events)
 
     def _follow(self, requests, events) -> Iterator[tuple[int, StreamEvent]]:
-        ids = self._thread.call(lambda engine: [engine.add(request) for request in requests])
         unfinished = len(requests)
         try:
+            self._thread.call(lambda engine: [engine.add(r) for r in requests]).result()
             while unfinished:
-                index, event = events.get()
+                index, event = self._next(events)
                 if event.error is not None:
                     raise event.error
                 unfinished -= event.finish_reason is not None
                 yield index, event
         finally:
             if unfinished:
-                self._thread.call(lambda engine: [engine.abort(i) for i in ids.result()]).result()
+                self._abort([request.seq.id for request in requests])
+
+    def _next(self, events: queue.SimpleQueue) -> tuple[int, StreamEvent]:
+        while True:
+            try:
+                return events.get(timeout=ALIVE_SECONDS)
+            except queue.Empty:
+                self._check_open()
+
+    def _abort(self, ids: list[int]) -> None:
+        """Ends requests. Their blocks are free afterwards, unless the garbage collector found an
+        abandoned stream on the engine's own thread: it can't wait for itself."""
+        ended = self._thread.call(lambda engine: [engine.abort(i) for i in ids])
+        if not self._thread.is_current:
+            ended.exception()  # a closed engine has ended them already
+
+    def _check_open(self) -> None:
+        if not self._thread.is_running:
+            raise EngineError("the engine is closed")
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, (list, tuple)):
+            raise InvalidRequest(
+                f"a prompt is a text or a list of token ids, not {_type(prompt)}; for a "
+                "conversation there is chat"
+            )
+        return [int(token) if _is_integer(token) else token for token in prompt]
 
     # -- the rest --
 
@@ -214,22 +236,116 @@ class LLM:
         self.close()
 
 
-def _is_prompt(value) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and bool(value) and isinstance(value[0], int)
-    )
+def check_options(
+    model: Any,
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int = 512,
+    dtype: str | None,
+    num_blocks: int | None = None,
+    backend: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Raises InvalidRequest for what no model can be loaded with, before a file is opened."""
+    if not isinstance(model, (str, os.PathLike)):
+        raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
+    _one_of("block_size", block_size, (16, 32))
+    _one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
+    _one_of("backend", backend, (None, "reference"))
+    _integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
+    _integer("max_num_seqs", max_num_seqs, least=1)
+    if max_num_seqs > max_num_batched_tokens:
+        raise InvalidRequest(
+            f"max_num_seqs is {max_num_seqs}; it must be from 1 to max_num_batched_tokens "
+            f"({max_num_batched_tokens})"
+        )
+    if num_blocks is not None:
+        _integer("num_blocks", num_blocks, least=1)
+    if seed is not None:
+        _integer("seed", seed)
 
 
-def _each(params, count: int) -> list[SamplingParams]:
+def _engine_maker(
+    folder: Path,
+    sizes: dict[str, Any],
+    limits: dict[str, int],
+    *,
+    dtype: str | None,
+    seed: int | None,
+    defaults: dict[str, Any],
+    on_loaded: Callable[[int, int], None] | None,
+) -> Callable[[threading.Event], Any]:
+    """What the engine's thread runs first. It must not know the `LLM`: the thread would keep it,
+    and never end."""
+
+    def make(closing: threading.Event):
+        from mlxpage import memory as sizing
+        from mlxpage import model as models
+        from mlxpage import self_check
+        from mlxpage.engine import Engine
+        from mlxpage.text import Tokenizer
+
+        def on_bytes(done: int, total: int) -> None:
+            if closing.is_set():
+                raise EngineError("closed while the model was loading")
+            if on_loaded:
+                on_loaded(done, total)
+
+        sizing.check_weights(folder, sizes["memory"])
+        loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
+        plan = sizing.plan(loaded, **sizes, **limits)
+        self_check.check(loaded, sizes["block_size"])
+        tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
+        return Engine(loaded, tokenizer, plan, defaults=defaults, seed=seed, **limits)
+
+    return make
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and _is_integer(value[0])
+    return isinstance(value, str)
+
+
+def _is_integer(value: Any) -> bool:
+    """NumPy's integers too."""
+    return hasattr(value, "__index__") and not hasattr(value, "__len__")
+
+
+def _many(prompts: Iterable[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(
+            f"prompts are a text, a list of token ids or a list of those, not {_type(prompts)}"
+        )
+    return list(prompts)
+
+
+def _each(params: Any, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    params = list(params)
+    if not isinstance(params, (list, tuple)):
+        raise InvalidRequest(f"params are SamplingParams or a list of them, not {_type(params)}")
+    for given in params:
+        if not isinstance(given, SamplingParams):
+            raise InvalidRequest(f"a list of params holds SamplingParams, not {_type(given)}")
     if len(params) != count:
         raise InvalidRequest(f"{len(params)} params for {count} prompts; give one, or one for each")
-    return params
+    return list(params)
 
 
-def _one_of(name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed or isinstance(value, float):
         options = ", ".join(str(option) for option in allowed)
-        raise InvalidRequest(f"{name} is {value!r}; it must be one of {options}")
+        raise InvalidRequest(f"{name} is {value!r:.80}; it must be one of {options}")
+
+
+def _integer(name: str, value: Any, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} is {value!r:.80}; it must be an integer")
+    if least is not None and value < least:
+        raise InvalidRequest(f"{name} is {value}; it must be at least {least}")
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__

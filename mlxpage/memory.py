@@ -17,6 +17,14 @@ DEFAULT_SHARE = 0.5
 # run (or one whole context), although the budget would allow more.
 DEFAULT_TOKENS_PER_SEQUENCE = 1024
 
+# MLX allocates for a hundred operations ahead of the one that is computed. What that comes to was
+# measured: rows of float32 logits for each sampled one, when top_p and log-probabilities are asked
+# for, and pieces of a chunk's attention.
+_LOGIT_COPIES = 12
+_PIECES_AT_ONCE = 18
+# A chunk of a prompt whose log-probabilities are asked for has no more rows than this.
+_PROMPT_LOGPROBS_ROWS = 64
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6}
 _UNITS |= {"G": 10**9, "T": 10**12}
@@ -54,7 +62,7 @@ def parse(memory: str | int | None, total: int) -> int:
     """
     if memory is None:
         return int(total * DEFAULT_SHARE)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", str(memory))
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]+)?)\s*(%|[a-zA-Z]*)\s*", str(memory))
     unit = match and match[2].upper()
     if not match or (unit != "%" and unit not in _UNITS):
         raise InvalidRequest(f"memory is {memory!r}; write it like '4GB', '512MiB' or '50%'")
@@ -67,7 +75,9 @@ def parse(memory: str | int | None, total: int) -> int:
 
 
 def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def check_weights(folder: Path, memory: str | int | None) -> None:
@@ -104,7 +114,6 @@ def plan(
     machine = device()
     budget = parse(memory, machine.memory)
     weights = model.nbytes
-    scratch = _scratch(model, max_num_seqs, max_num_batched_tokens)
     caps = [
         None
         if window is None
@@ -118,12 +127,18 @@ def plan(
     def pool(wanted: int) -> int:
         return _pool_bytes(model.specs, blocks(wanted), block_size)
 
+    def scratch(wanted: int) -> int:
+        return _scratch(model, wanted * block_size, max_num_seqs, max_num_batched_tokens)
+
+    def buffer(wanted: int) -> int:
+        return _largest_buffer(model.specs, blocks(wanted), block_size)
+
     context = model.context_length or 2**20
     whole_context = -(-context // block_size)
     smallest = min(whole_context, 1 + -(-max_num_batched_tokens // block_size))
-    fitting = _largest(lambda n: weights + scratch + pool(n) <= budget, 2**31 // block_size)
     fitting = _largest(
-        lambda n: _largest_buffer(model.specs, n, block_size) <= machine.max_buffer, fitting
+        lambda n: weights + scratch(n) + pool(n) <= budget and buffer(n) <= machine.max_buffer,
+        2**31 // block_size,
     )
     if num_blocks is None:
         # Nobody can use more than this.
@@ -135,16 +150,27 @@ def plan(
     elif num_blocks < 1:
         raise InvalidRequest(f"num_blocks is {num_blocks}; it must be at least 1")
     if num_blocks > fitting or fitting < smallest:
-        need = weights + scratch + pool(max(smallest, min(num_blocks, 2**31)))
+        wanted = max(smallest, num_blocks)
+        if buffer(wanted) > machine.max_buffer:
+            raise OutOfMemory(
+                f"a pool of {wanted:,} blocks has arrays of {gigabytes(buffer(wanted))}; this "
+                f"machine allows {gigabytes(machine.max_buffer)}. Take fewer (num_blocks)."
+            )
+        need = weights + scratch(wanted) + pool(wanted)
         raise OutOfMemory(
-            f"the weights ({gigabytes(weights)}), a step's scratch ({gigabytes(scratch)}) and a "
-            f"pool of {max(smallest, num_blocks):,} blocks need {gigabytes(need)}; the budget is "
+            f"the weights ({gigabytes(weights)}), a step's scratch ({gigabytes(scratch(wanted))}) "
+            f"and a pool of {wanted:,} blocks need {gigabytes(need)}; the budget is "
             f"{gigabytes(budget)} of this machine's {gigabytes(machine.memory)}. Give it more "
             f"(memory), take a smaller or quantised model, or lower max_num_batched_tokens."
         )
-    sizes = blocks(num_blocks)
     return Plan(
-        budget, weights, scratch, pool(num_blocks), block_size, sizes, num_blocks * block_size
+        budget,
+        weights,
+        scratch(num_blocks),
+        pool(num_blocks),
+        block_size,
+        blocks(num_blocks),
+        num_blocks * block_size,
     )
 
 
@@ -175,9 +201,10 @@ def _pool_bytes(specs: list[LayerSpec], num_blocks: list[int], block_size: int) 
     )
 
 
-def _largest_buffer(specs: list[LayerSpec], num_blocks: int, block_size: int) -> int:
+def _largest_buffer(specs: list[LayerSpec], num_blocks: list[int], block_size: int) -> int:
+    groups = windows(specs)
     return max(
-        (num_blocks + 1)
+        (num_blocks[groups.index(spec.window)] + 1)
         * block_size
         * spec.kv_heads
         * spec.dtype.size
@@ -186,22 +213,26 @@ def _largest_buffer(specs: list[LayerSpec], num_blocks: int, block_size: int) ->
     )
 
 
-def _scratch(model: Model, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """An upper estimate of what one step allocates beside weights and pool.
+def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """An upper estimate of what one step allocates beside weights and a pool of `tokens`.
 
-    Activations of a few operations in a row, float32 logits with the copies that sampling makes,
-    scores where attention isn't fused, and one layer's gathered K and V.
+    Activations of a few operations in a row, logits with the copies that sampling makes of them,
+    and for one layer the scores of a chunk and the K and V that are gathered.
     """
-    config = model.config | model.config.get("text_config", {})
+    config = model.config | (model.config.get("text_config") or {})
     hidden = int(config.get("hidden_size") or 4096)
     wide = max(int(config.get("intermediate_size") or 0), 4 * hidden)
-    size = max(spec.dtype.size for spec in model.specs)
-    activations = max_num_batched_tokens * (4 * hidden + 3 * wide) * size
-    logit_rows = max_num_seqs if model.gathers_rows else max_num_batched_tokens
-    logits = max(logit_rows, 64) * model.vocab_size * 4 * 4
-    context = min(model.context_length or 2**17, 2**17)
-    layer = max(spec.bytes_per_token for spec in model.specs)
-    gathered = 2 * layer * context
     heads = int(config.get("num_attention_heads") or 32)
-    scores = 4 * heads * reference.MAX_SCORES * 4
+    rows = max_num_batched_tokens
+    context = min(model.context_length or 2**17, tokens)
+
+    size = max(spec.dtype.size for spec in model.specs)
+    activations = rows * (4 * hidden + 3 * wide) * size
+    logit_rows = _LOGIT_COPIES * max_num_seqs + 4 * _PROMPT_LOGPROBS_ROWS
+    if not model.gathers_rows:
+        logit_rows += rows
+    logits = logit_rows * model.vocab_size * 4
+    scores = heads * min(rows * context, _PIECES_AT_ONCE * reference.MAX_SCORES) * 4
+    layer = max(spec.bytes_per_token for spec in model.specs)
+    gathered = layer * (_PIECES_AT_ONCE * context + min(tokens, max_num_seqs * context))
     return activations + logits + scores + gathered

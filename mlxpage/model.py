@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ class Model:
         self.module = module
         self.config = config
         self.family = config.get("model_type", type(module).__module__.rsplit(".", 1)[-1])
+        _refuse_dynamic_rope(module, self.family)
         self.specs = _layer_specs(module, self.family)
         self.vocab_size, self.logits_dtype = _logits(module)
         self.context_length = _context_length(config)
         self.cache: KVCache | None = None
-        self._sample_rows: mx.array | None = None
-        self._gathers_rows = _gather_rows_of_backbone(module, lambda: self._sample_rows)
+        self._wanted = _WantedRows()
+        self._gathers_rows = _gather_rows_of_backbone(module, self._wanted)
         self._hooked: int | None = None
         seam.install()
 
@@ -67,14 +69,14 @@ class Model:
         self.cache.begin(rows)
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
         wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
-        self._sample_rows = mx.array(wanted)
+        self._wanted.rows = mx.array(wanted)
         before = self._num_attended()
         try:
             logits = self.module(mx.array(rows.tokens)[:, None], cache=self.cache.layers)
             if not self._gathers_rows:
-                logits = logits[self._sample_rows]
+                logits = logits[self._wanted.rows]
         finally:
-            self._sample_rows = None
+            self._wanted.rows = None
         self._check_hooked(self._num_attended() - before)
         return logits[: len(rows.sample_rows), -1]
 
@@ -156,6 +158,14 @@ def _arrays(module) -> Iterator[mx.array]:
 # -- what a model looks like, from its own lazy forward --
 
 
+def _refuse_dynamic_rope(module, family: str) -> None:
+    if any(type(part).__name__ == "DynamicNTKScalingRoPE" for _, part in module.named_modules()):
+        raise UnsupportedModel(
+            f"{family} has dynamic NTK RoPE, which depends on the length of a forward; "
+            "here a forward has rows of several sequences"
+        )
+
+
 def _layer_specs(module, family: str) -> list[LayerSpec]:
     """Window, heads and dtype of every layer's cache, from a forward that is never evaluated."""
     from mlx_lm.models.cache import KVCache as DenseCache
@@ -163,11 +173,15 @@ def _layer_specs(module, family: str) -> list[LayerSpec]:
 
     caches = make_prompt_cache(module)
     for cache in caches:
-        plain = type(cache) in (DenseCache, RotatingKVCache) and not getattr(cache, "keep", 0)
-        if not plain:
+        if type(cache) not in (DenseCache, RotatingKVCache):
             raise UnsupportedModel(
                 f"{family} keeps its state in {type(cache).__name__}, "
                 "which can't be paged yet; only attention layers with K and V can"
+            )
+        if getattr(cache, "keep", 0):
+            raise UnsupportedModel(
+                f"{family} keeps its first {cache.keep} positions beside a window, "
+                "which can't be paged yet"
             )
     module(mx.zeros((1, 1), mx.int32), cache=caches)
     if any(cache.keys is None for cache in caches):
@@ -190,19 +204,28 @@ def _logits(module) -> tuple[int, mx.Dtype]:
 
 
 def _context_length(config: dict[str, Any]) -> int | None:
-    for section in (config, config.get("text_config", {})):
+    for section in (config, config.get("text_config") or {}):
         for key in _CONTEXT_KEYS:
             if isinstance(section.get(key), int):
                 return section[key]
     return None
 
 
-def _gather_rows_of_backbone(module, wanted: Callable[[], mx.array | None]) -> bool:
-    """Makes the backbone return only the rows that `wanted()` names, if it names any.
+@dataclass(slots=True)
+class _WantedRows:
+    """What a backbone knows of its Model: with the Model itself, weights and pool would hold each
+    other until Python's collector ran."""
+
+    rows: mx.array | None = None
+
+
+def _gather_rows_of_backbone(module, wanted: _WantedRows) -> bool:
+    """Makes the backbone return only the rows that `wanted` names, if it names any.
 
     The backbone is the outermost submodule that owns the layers; what follows it is the head. Its
     class is swapped for a subclass, because Python looks `__call__` up there; attributes,
-    parameter names and `isinstance` stay as they were. False if the model isn't built that way.
+    parameter names and `isinstance` stay as they were. False if the model isn't built that way,
+    which a lazy forward of two rows tells.
     """
     owners = [
         (name.count("."), submodule)
@@ -216,8 +239,14 @@ def _gather_rows_of_backbone(module, wanted: Callable[[], mx.array | None]) -> b
 
     def __call__(self, *args, **kwargs):  # noqa: N807
         hidden = original.__call__(self, *args, **kwargs)
-        rows = wanted()
-        return hidden if rows is None else hidden[rows]
+        gathers = wanted.rows is not None and isinstance(hidden, mx.array)
+        return hidden[wanted.rows] if gathers else hidden
 
     backbone.__class__ = type(original.__name__, (original,), {"__call__": __call__})
-    return True
+    wanted.rows = mx.zeros(1, mx.int32)
+    logits = module(mx.zeros((2, 1), mx.int32))
+    wanted.rows = None
+    if len(logits) == 1:
+        return True
+    backbone.__class__ = original
+    return False

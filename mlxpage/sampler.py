@@ -10,6 +10,8 @@ from mlxpage.backend import mx
 
 # A row that keeps more than this many tokens costs a sort of the whole vocabulary.
 _MAX_RANKED = 1024
+# Colder than this is greedy: a quotient of logits could overflow.
+_COLDEST = 1e-6
 
 
 @dataclass(slots=True)
@@ -45,9 +47,9 @@ def sample(logits: mx.array, choices: Choices) -> mx.array:
     if choices.penalties is not None:
         logits = _penalised(logits, choices.penalties)
     greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
-    if not choices.temperature.any():
+    is_greedy = choices.temperature < _COLDEST
+    if is_greedy.all():
         return greedy
-    is_greedy = choices.temperature == 0
     temperature = np.where(is_greedy, np.float32(1), choices.temperature)
     scaled = _filtered(logits / mx.array(temperature)[:, None], choices)
     keys = mx.array(_keys(choices.seeds, choices.positions))
@@ -93,29 +95,41 @@ def _penalised(logits: mx.array, penalties: Penalties) -> mx.array:
 def _filtered(logits: mx.array, choices: Choices) -> mx.array:
     """Minus infinity for what top_k, top_p (of what top_k leaves) and min_p drop."""
     vocab = logits.shape[-1]
-    # A greedy row's filters don't matter, and must not make the others sort everything.
-    drawn = choices.temperature > 0
+    # A greedy row's filters don't matter, and must not make it sort.
+    drawn = choices.temperature >= _COLDEST
     top_k = np.where((choices.top_k == 0) | (choices.top_k > vocab), vocab, choices.top_k)
     sorts = drawn & ((top_k < vocab) | (choices.top_p < 1))
     if sorts.any():
-        width = int(top_k[sorts].max())
-        if width > _MAX_RANKED:
-            width, ranked = vocab, mx.sort(logits, axis=-1)[:, ::-1]
-        else:
-            ranked = mx.sort(mx.topk(logits, width, axis=-1), axis=-1)[:, ::-1]
-        keep = mx.arange(width) < mx.array(top_k)[:, None]
-        probabilities = mx.softmax(mx.where(keep, ranked, -mx.inf), axis=-1)
-        mass_before = mx.cumsum(probabilities, axis=-1) - probabilities
-        # The likeliest token always stays: no mass comes before it.
-        keep &= mass_before < mx.array(choices.top_p)[:, None]
-        threshold = mx.where(keep, ranked, mx.inf).min(axis=-1, keepdims=True)
-        threshold = mx.where(mx.array(sorts)[:, None], threshold, -mx.inf)
+        threshold = mx.full((len(logits), 1), -mx.inf)
+        few = min(_MAX_RANKED, vocab)
+        # Two widths whatever the rows ask for: sums of another length round otherwise, and a row
+        # would depend on its neighbours.
+        for rows, width in ((sorts & (top_k <= few), few), (sorts & (top_k > few), vocab)):
+            if rows.any():
+                picked = mx.array(np.flatnonzero(rows))
+                threshold[picked] = _threshold(
+                    logits[picked], top_k[rows], choices.top_p[rows], width
+                )
         logits = mx.where(logits < threshold, -mx.inf, logits)
     if (choices.min_p > 0).any():
         with np.errstate(divide="ignore"):
             floor = mx.array(np.log(choices.min_p, dtype=np.float32))[:, None]
         logits = mx.where(logits < logits.max(axis=-1, keepdims=True) + floor, -mx.inf, logits)
     return logits
+
+
+def _threshold(logits: mx.array, top_k: np.ndarray, top_p: np.ndarray, width: int) -> mx.array:
+    """(R, 1): the least logit that stays, among the `width` largest."""
+    largest = logits if width == logits.shape[-1] else mx.topk(logits, width, axis=-1)
+    ranked = mx.sort(largest, axis=-1)[:, ::-1]
+    keep = mx.arange(width) < mx.array(top_k)[:, None]
+    probabilities = mx.softmax(mx.where(keep, ranked, -mx.inf), axis=-1)
+    mass_before = mx.cumsum(probabilities, axis=-1) - probabilities
+    # The likeliest token always stays: no mass comes before it. Without top_p all do, though
+    # rounding may take their sum past 1.
+    enough = np.where(top_p < 1, top_p, np.float32(np.inf))
+    keep &= mass_before < mx.array(enough)[:, None]
+    return mx.where(keep, ranked, mx.inf).min(axis=-1, keepdims=True)
 
 
 def _keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -82,6 +82,8 @@ class SamplingParams:
         _integer(self, "seed", -(2**63), 2**64 - 1, none=True)
         _integer(self, "logprobs", 0, MAX_LOGPROBS, none=True)
         _integer(self, "prompt_logprobs", 0, MAX_LOGPROBS, none=True)
+        _boolean(self, "ignore_eos")
+        _boolean(self, "skip_special_tokens")
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
@@ -113,8 +115,20 @@ def _integer(params, name: str, low: int, high: int, *, none=False) -> None:
         raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}")
 
 
+def _boolean(params, name: str) -> None:
+    value = getattr(params, name)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be True or False, not {value!r:.80}")
+
+
+def _items(name: str, values: Any) -> tuple:
+    if values is not None and not isinstance(values, (list, tuple, set, frozenset)):
+        raise InvalidRequest(f"{name} must be a list, not {values!r:.80}")
+    return tuple(values or ())
+
+
 def _stops(stop: str | Iterable[str] | None) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops = (stop,) if isinstance(stop, str) else _items("stop", stop)
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(f"{len(stops)} stop strings; at most {MAX_STOPS} are allowed")
     for text in stops:
@@ -126,7 +140,7 @@ def _stops(stop: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _token_ids(ids: Iterable[int] | None) -> tuple[int, ...]:
-    ids = tuple(ids or ())
+    ids = _items("stop_token_ids", ids)
     if len(ids) > MAX_LOGIT_BIASES:
         raise InvalidRequest(f"{len(ids)} stop_token_ids; at most {MAX_LOGIT_BIASES} are allowed")
     for token in ids:
@@ -136,8 +150,10 @@ def _token_ids(ids: Iterable[int] | None) -> tuple[int, ...]:
 
 
 def _biases(biases: Mapping[int, float] | None) -> dict[int, float] | None:
-    if not biases:
+    if biases is None:
         return None
+    if not isinstance(biases, Mapping):
+        raise InvalidRequest(f"logit_bias must map token ids to numbers, not be {biases!r:.80}")
     if len(biases) > MAX_LOGIT_BIASES:
         raise InvalidRequest(
             f"logit_bias has {len(biases)} entries; at most {MAX_LOGIT_BIASES} are allowed"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from mlxpage.backend import mx
-from mlxpage.errors import InvalidModel, UnsupportedModel
+from mlxpage.errors import InvalidModel, MlxpageError, UnsupportedModel
 from mlxpage.kv_cache import KVCache, Rows, windows
 from mlxpage.model import Model
 
@@ -13,6 +16,8 @@ from mlxpage.model import Model
 _FLOOR = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 4e-2}
 # How much more than mlx-lm's own noise is still noise.
 _SLACK = 8
+# Of the largest logit. Logits that differ more depend on how a prompt is cut into forwards.
+_MOST_NOISE = 0.05
 _CHEAP_WINDOW = 64
 
 
@@ -33,15 +38,23 @@ def check(model: Model, block_size: int, seed: int = 0) -> None:
     cheap = [w for w in windows(model.specs) if w is not None and w <= _CHEAP_WINDOW]
     if cheap:
         lengths.append(max(cheap) + block_size)
-    prompts = [rng.integers(0, model.vocab_size, n).astype(np.int32) for n in lengths]
+    prompts = [rng.integers(0, model.vocab_size, n).astype(np.int32) for n in sorted(lengths)]
 
-    dense = [_dense(model, prompt) for prompt in prompts]
-    noise = np.abs(dense[-1] - _dense(model, prompts[-1][:-1], prompts[-1][-1:])).max()
+    with _refusing(f"mlx-lm can't run {model.family} on this device"):
+        dense = [_dense(model, prompt) for prompt in prompts]
+        noise = np.abs(dense[-1] - _dense(model, prompts[-1][:-1], prompts[-1][-1:])).max()
     if not all(np.isfinite(logits).all() for logits in dense):
         raise InvalidModel(f"{model.family}: the logits are not finite; the weights are damaged")
-    paged = _paged(model, prompts, block_size, rng)
+    # A RoPE that takes one position, say.
+    with _refusing(f"{model.family} can't compute tokens of several positions at once"):
+        paged = _paged(model, prompts, block_size, rng)
 
     scale = max(np.abs(logits).max() for logits in dense)
+    if noise > _MOST_NOISE * scale:
+        raise UnsupportedModel(
+            f"{model.family} gives other logits when a prompt is computed in two forwards: they "
+            f"differ by {noise:.2g}, and the largest is {scale:.2g}"
+        )
     allowed = _SLACK * noise + _FLOOR[_working_dtype(model)] * scale
     for prompt, ours, theirs in zip(prompts, paged, dense, strict=True):
         difference = np.abs(ours - theirs).max()
@@ -50,6 +63,18 @@ def check(model: Model, block_size: int, seed: int = 0) -> None:
                 f"{model.family} computes something else over a block pool: logits of a prompt of "
                 f"{len(prompt)} tokens differ by {difference:.2g}, where {allowed:.2g} is rounding"
             )
+
+
+@contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Makes UnsupportedModel of whatever the model's own code raises."""
+    try:
+        yield
+    except (MlxpageError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModel(f"{message}: {reason}") from error
 
 
 def _working_dtype(model: Model) -> mx.Dtype:
@@ -71,8 +96,8 @@ def _paged(model: Model, prompts: list[np.ndarray], block_size: int, rng) -> lis
     groups = windows(model.specs)
     cache = KVCache(model.specs, [num_blocks] * len(groups), block_size)
     for layer in cache.layers:  # what a freed block holds: somebody else's K and V
-        layer.k = mx.random.normal(layer.k.shape).astype(layer.k.dtype)
-        layer.v = mx.random.normal(layer.v.shape).astype(layer.v.dtype)
+        layer.k = mx.array(rng.standard_normal(layer.k.shape)).astype(layer.k.dtype)
+        layer.v = mx.array(rng.standard_normal(layer.v.shape)).astype(layer.v.dtype)
     mx.eval(cache.arrays())
     order = iter(rng.permutation(num_blocks) + 1)
     tables = [[next(order) for _ in range(-(-len(p) // block_size))] for p in prompts]

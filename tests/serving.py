@@ -20,6 +20,7 @@ class ByteTokenizer:
 
 class _ByteDetokenizer:
     last_segment = ""
+    offset = 0
 
     def add_token(self, token):
         self.last_segment = chr(token)

@@ -1,0 +1,371 @@
+"""The command line: what it prints where, and what it gives back."""
+
+import json
+import sys
+
+import click
+import pytest
+import tiny_folder as tiny
+
+import mlxpage
+from mlxpage import cli as command_line
+
+GREEDY = ("--temp", "0", "-n", "6")
+
+
+def answers(out: str) -> list[tuple[str, str]]:
+    """(headline, answer) pairs of several prompts."""
+    parts = out.removeprefix("==> ").split("\n\n==> ")
+    return [tuple(part.rstrip("\n").split("\n", 1)) for part in parts]
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    """Answers are of letters alone: no newline of the tiny model's mixes with ours."""
+    other = {i: -100.0 for i in range(tiny.VOCAB) if i not in set(tiny.ids("abcdefghijklmnop"))}
+    make = mlxpage.SamplingParams
+    monkeypatch.setattr(
+        mlxpage, "SamplingParams", lambda **given: make(logit_bias=other, **given), raising=False
+    )
+
+
+# -- generate --
+
+
+def test_the_answer_alone_is_on_stdout(cli, tiny_folder, letters):
+    ran = cli("generate", tiny_folder, "hello", *GREEDY)
+    assert ran.code == 0
+    assert ran.out.endswith("\n") and ran.out.strip().isalpha() and len(ran.out) == 7
+    plan, summary = ran.err.splitlines()
+    assert plan.startswith("pool ")
+    assert summary.startswith("1 answer (1 cut short by --max-tokens or the context), 6 tokens in")
+
+
+def test_quiet_says_nothing_but_the_answer(cli, tiny_folder, letters):
+    loud, quiet = (cli("generate", tiny_folder, "hello", *GREEDY, *q) for q in ([], ["-q"]))
+    assert (quiet.out, quiet.err) == (loud.out, "")
+
+
+def test_several_prompts_keep_their_order_and_have_headlines(cli, tiny_folder, letters):
+    prompts = ["one", "two  and\nmore", "three"]
+    ran = cli("generate", tiny_folder, *prompts, *GREEDY)
+    alone = [cli("generate", tiny_folder, prompt, *GREEDY).out.strip() for prompt in prompts]
+    assert answers(ran.out) == list(zip(["one", "two and more", "three"], alone, strict=True))
+
+
+def test_answers_that_end_early_wait_for_their_turn(cli, tiny_folder, letters):
+    prompts = [str(n) for n in range(12)]
+    whole = cli("generate", tiny_folder, *prompts, *GREEDY, "-n", "16")
+    texts = [text for _, text in answers(whole.out)]
+    # A stop string that some answers meet early and some never.
+    stop = texts[3][2:4]
+    ran = cli("generate", tiny_folder, *prompts, *GREEDY, "-n", "16", "--stop", stop)
+    expected = [(p, t.partition(stop)[0]) for p, t in zip(prompts, texts, strict=True)]
+    assert len({len(text) for _, text in expected}) > 1
+    assert answers(ran.out) == expected
+
+
+def test_json_is_one_document_with_these_keys_and_nothing_else(cli, tiny_folder, letters):
+    ran = cli("generate", tiny_folder, "one", "two", *GREEDY, "--json")
+    record = json.loads(ran.out)
+    assert ran.out.count("\n") == 1
+    assert set(record) == {
+        "schema",
+        "model",
+        "chat_template",
+        "outputs",
+        "seconds",
+        "output_tokens_per_second",
+        "pool",
+        "bytes",
+        "versions",
+    }
+    assert (record["schema"], record["chat_template"]) == ("mlxpage.generate/1", True)
+    assert record["model"] == str(tiny_folder)
+    first, second = record["outputs"]
+    assert set(first) == {"prompt", "text", "finish_reason", "usage", "timings"}
+    assert (first["prompt"], second["prompt"]) == ("one", "two")
+    text = cli("generate", tiny_folder, "one", *GREEDY).out.strip()
+    assert (first["text"], first["finish_reason"]) == (text, "length")
+    assert first["usage"] == {"prompt_tokens": 22, "completion_tokens": 6, "cached_tokens": 0}
+    assert set(first["timings"]) == {"queue_s", "ttft_s", "total_s"}
+    assert set(record["pool"]) >= {"total", "used", "free", "peak_used", "block_size"}
+    assert set(record["bytes"]) >= {"budget", "weights", "scratch", "pool", "active", "peak"}
+    assert record["versions"]["mlxpage"] == mlxpage.__version__
+
+
+def test_a_prompt_comes_from_stdin_if_none_is_given_or_by_a_dash(cli, tiny_folder, letters):
+    given = cli("generate", tiny_folder, "hello", *GREEDY)
+    assert cli("generate", tiny_folder, *GREEDY, stdin="hello").out == given.out
+    both = cli("generate", tiny_folder, "other", "-", *GREEDY, stdin="hello")
+    assert answers(both.out)[1] == ("hello", given.out.strip())
+
+
+def test_raw_continues_the_prompt_without_template(cli, tiny_folder):
+    def usage(*options):
+        record = json.loads(cli("generate", tiny_folder, "abc", *GREEDY, "--json", *options).out)
+        return record["chat_template"], record["outputs"][0]["usage"]["prompt_tokens"]
+
+    assert usage("--raw") == (False, 3)
+    assert usage() == (True, 22)
+    assert usage("-s", "Be brief.") == (True, 22 + 19)
+
+
+def test_a_model_without_template_gets_the_prompt_as_it_is(cli, tiny_folder, tmp_path):
+    folder = without_template(tiny_folder, tmp_path)
+    ran = cli("generate", folder, "abc", *GREEDY, "--json")
+    assert json.loads(ran.out)["outputs"][0]["usage"]["prompt_tokens"] == 3
+    assert cli("generate", folder, "abc", "-s", "Be brief.").code == 2
+
+
+def test_seed_makes_an_answer_reproducible(cli, tiny_folder):
+    def answer(*options):
+        return cli("generate", tiny_folder, "abc", "--temp", "1", "-n", "12", "-q", *options).out
+
+    assert answer("--seed", "5") == answer("--seed", "5") != answer("--seed", "6")
+    assert answer() != answer()
+
+
+def test_stop_ends_the_answer_and_may_be_repeated(cli, tiny_folder, letters):
+    whole = cli("generate", tiny_folder, "hello", *GREEDY, "-q").out
+    ran = cli(
+        "generate", tiny_folder, "hello", *GREEDY, "-q", "--stop", "xyz", "--stop", whole[3:5]
+    )
+    assert ran.out == whole[: whole.index(whole[3:5])] + "\n"
+
+
+def test_sampling_options_reach_the_engine(cli, tiny_folder, monkeypatch):
+    seen = []
+    make = mlxpage.SamplingParams
+    monkeypatch.setattr(
+        mlxpage,
+        "SamplingParams",
+        lambda **given: seen.append(given) or make(**given),
+        raising=False,
+    )
+    options = "--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.1"
+    ran = cli("generate", tiny_folder, "abc", "-n", "2", *options.split(), "--seed", "3")
+    assert ran.code == 0
+    assert seen == [
+        {
+            "max_tokens": 2,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 5,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "seed": 3,
+            "stop": (),
+        }
+    ]
+
+
+def test_engine_options_reach_the_engine(cli, tiny_folder):
+    options = "--num-blocks 9 --block-size 32 --max-num-seqs 1 --backend reference --dtype float16"
+    ran = cli("generate", tiny_folder, "a", "b", "-n", "2", "--json", *options.split())
+    record = json.loads(ran.out)
+    assert record["pool"]["total"] == 9 and record["pool"]["block_size"] == 32
+    assert record["outputs"][1]["timings"]["queue_s"] > 0
+    assert record["bytes"]["weights"] < (tiny_folder / "model.safetensors").stat().st_size * 0.6
+
+
+# -- chat --
+
+
+@pytest.fixture
+def talk(cli, tiny_folder, letters):
+    """talk(*lines) -> the answers, and the rest of what was said"""
+
+    def talked(*lines, options=("--temp", "0", "-n", "6")):
+        ran = cli("chat", tiny_folder, *options, stdin="".join(f"{line}\n" for line in lines))
+        assert ran.code == 0, ran.err
+        return ran.out.splitlines(), ran.err.splitlines()[1:]
+
+    return talked
+
+
+def test_a_talk_remembers_its_turns_until_it_is_cleared(talk):
+    (first,), said = talk("hello")
+    assert len(first) == 6 and said == []
+    replies, _ = talk("hello", "hello", "/clear", "hello")
+    assert replies[0] == replies[2] == first
+    assert replies[1] != first
+
+
+def test_a_talk_ends_with_exit_or_with_its_input(talk):
+    assert talk("hello", "/exit", "hello") == talk("hello")
+    assert talk() == talk("/exit") == ([], [])
+
+
+def test_empty_lines_are_no_turns(talk):
+    assert talk("", "hello", "   ") == talk("hello")
+
+
+def test_an_unknown_command_is_named_and_the_talk_goes_on(talk):
+    replies, said = talk("/help me", "/", "hello")
+    assert len(replies) == 1
+    assert said == [
+        "/help is no command; there are /clear and /exit",
+        "/ is no command; there are /clear and /exit",
+    ]
+
+
+def test_the_system_message_is_kept_when_the_talk_is_cleared(talk):
+    options = ("--temp", "0", "-n", "6", "-s", "Be brief.")
+    replies, _ = talk("hello", "/clear", "hello", options=options)
+    assert replies[0] == replies[1] != talk("hello")[0][0]
+
+
+def test_a_turn_too_long_is_told_and_the_talk_goes_on(talk):
+    replies, said = talk("hello", "x" * 600, "hello")
+    assert replies == talk("hello", "hello")[0]
+    assert len(said) == 1
+    assert "context of 512" in said[0] and "/clear" in said[0]
+
+
+def test_a_talk_that_has_filled_the_context_can_be_cleared(talk):
+    options = ("--temp", "0", "-n", "80")
+    replies, said = talk("x" * 420, "and", "/clear", "hello", options=options)
+    assert [len(reply) for reply in replies] == [512 - 439, 80]
+    assert len(said) == 1 and "/clear begins a new conversation" in said[0]
+
+
+def test_a_failed_step_fails_one_turn(talk, monkeypatch):
+    from mlxpage.engine import Engine
+
+    compute = Engine._compute
+    steps = iter(range(10**6))
+
+    def flaky(self, batch):
+        if next(steps) == 2:
+            raise RuntimeError("no memory")
+        return compute(self, batch)
+
+    monkeypatch.setattr(Engine, "_compute", flaky)
+    replies, said = talk("hello", "hello")
+    assert said == ["Error: a step failed: RuntimeError: no memory"]
+    assert len(replies) == 2 and len(replies[0]) < len(replies[1]) == 6
+    monkeypatch.undo()
+
+
+def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(talk, monkeypatch):
+    echo = click.echo
+    written = []
+
+    def interrupted(message=None, **options):
+        echo(message, **options)
+        written.append(message)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line.click, "echo", interrupted)
+    replies, said = talk("hello", "hello")
+    assert [len(reply) for reply in replies] == [3, 6]
+    assert said == [" (stopped)"]
+
+
+def test_ctrl_c_at_the_prompt_asks_again(talk, monkeypatch):
+    asked = iter([KeyboardInterrupt, "hello\n", ""])
+
+    class Stdin:
+        def isatty(self):
+            return True
+
+        def readline(self):
+            line = next(asked)
+            if line is KeyboardInterrupt:
+                raise line
+            return line
+
+    ask = command_line._ask
+
+    def patched():
+        monkeypatch.setattr(sys, "stdin", stdin)
+        return ask()
+
+    stdin = Stdin()
+    monkeypatch.setattr(command_line, "_ask", patched)
+    replies, said = talk()
+    assert len(replies) == 1
+    assert said == ["> ", "> > "]
+
+
+def test_chat_needs_a_template(cli, tiny_folder, tmp_path):
+    ran = cli("chat", without_template(tiny_folder, tmp_path), stdin="hello\n")
+    assert (ran.code, ran.out) == (2, "")
+    assert "no chat template" in ran.error[-1]
+
+
+def without_template(tiny_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    tiny.write(folder / "tokenizer_config.json", config)
+    return folder
+
+
+# -- info --
+
+
+def test_info_tells_of_the_machine(cli):
+    ran = cli("info")
+    assert (ran.code, ran.err) == (0, "")
+    facts = dict(line.split("  ", 1) for line in ran.out.splitlines())
+    assert {"mlxpage", "mlx", "mlx-lm", "device", "memory"} <= {name.strip() for name in facts}
+
+
+def test_info_tells_of_a_model_and_how_it_fits(cli, tiny_folder):
+    facts = json.loads(cli("info", tiny_folder, "--json").out)
+    assert facts["schema"] == "mlxpage.info/1"
+    assert (facts["family"], facts["layers"]) == ("llama", 2)
+    assert facts["context"] == "512 tokens"
+    assert facts["fits"].startswith("pool ")
+    assert facts["model"] == str(tiny_folder)
+
+
+def test_info_tells_of_a_model_that_does_not_fit(cli, tiny_folder):
+    ran = cli("info", tiny_folder, "--memory", "1MB", "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["fits"].startswith("no: ")
+
+
+# -- help --
+
+
+def commands():
+    return {"": command_line.cli, **command_line.cli.commands}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_and_option_has_its_help(cli, name):
+    command = commands()[name]
+    assert command.help
+    shown = cli(*name.split(), "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert cli(*name.split(), "-h").out == shown.out
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert max(parameter.opts, key=len) in shown.out
+        else:
+            name = parameter.make_metavar(click.Context(command)).strip("[].")
+            assert name in command.help + command_line.cli.help
+
+
+def test_the_version_is_shown(cli):
+    assert cli("--version").out.split()[-1] == mlxpage.__version__
+
+
+def test_help_loads_nothing_heavy(python):
+    shown = python(
+        "import sys; from mlxpage.cli import run; code = run(['--help'])\n"
+        "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    assert shown.returncode == 0
+    loaded = set(shown.stderr.replace("'", "").strip("[]\n").split(", "))
+    heavy = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "rich", "tokenizers"}
+    assert "click" in loaded
+    assert not loaded & (heavy | {"gguf", "asyncio"})

@@ -1,0 +1,77 @@
+"""What the README and the docs show is what happens."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import mlxpage
+from mlxpage import cli as command_line
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = ["mlxpage", *(f"mlxpage {name}" for name in command_line.cli.commands)]
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language in all pages."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [block for page in PAGES for block in fence.findall(page.read_text(encoding="utf-8"))]
+
+
+def shown_help() -> dict[str, str]:
+    """Command -> what the pages show after `$ mlxpage ... --help`."""
+    shown = {}
+    for block in blocks("console"):
+        for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n?)*)", block, re.MULTILINE):
+            if command.startswith("mlxpage") and command.endswith(" --help"):
+                shown[command.removesuffix(" --help")] = output.rstrip() + "\n"
+    return shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_is_shown_as_it_is(cli, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    real = cli(*command.split()[1:], "--help").out
+    assert shown_help().get(command) == real, (
+        f"show this:\n```console\n$ {command} --help\n{real}```"
+    )
+
+
+def test_no_page_shows_a_command_that_is_not_there():
+    assert set(shown_help()) <= set(COMMANDS)
+    for page in PAGES:
+        for name in re.findall(r"^(?:\$ |    )mlxpage ([a-z]\w*)", page.read_text(), re.MULTILINE):
+            assert name in command_line.cli.commands, f"{page.name}: mlxpage {name}"
+
+
+def test_the_python_of_the_readme_runs(smollm2_folder, capsys):
+    code = blocks("python")
+    assert code
+    for block in code:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_key_of_the_json_is_explained(cli, tiny_folder):
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+    def explained(value) -> None:
+        for key, inner in value.items():
+            assert f"`{key}`" in text or key in record["versions"], key
+            inner = inner[0] if isinstance(inner, list) else inner
+            if isinstance(inner, dict):
+                explained(inner)
+
+    record = json.loads(cli("generate", tiny_folder, "hello", "-n", "2", "--json").out)
+    explained(record)
+
+
+def test_every_exit_code_is_explained():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    codes = {command_line.INTERRUPTED, command_line.BROKEN_PIPE}
+    for name in mlxpage.__all__:
+        codes.add(getattr(getattr(mlxpage, name), "exit_code", 0))
+    for code in codes:
+        assert re.search(rf"^\| {code} \| \w", text, re.MULTILINE), code

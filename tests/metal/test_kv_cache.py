@@ -1,0 +1,320 @@
+"""Rows land in their slots, tags survive nothing but being handed on, and no step copies a pool."""
+
+from __future__ import annotations
+
+import gc
+import operator
+import weakref
+
+import numpy as np
+import pytest
+import serving
+import tiny_models
+
+from mlxpage import kv_cache, reference
+from mlxpage.backend import mx
+from mlxpage.errors import UnsupportedModel
+from mlxpage.kv_cache import KVCache, LayerSpec, MaskTag, Rows, Tagged
+from mlxpage.sampling_params import SamplingParams
+
+BLOCK_SIZE = 16
+
+
+def rows(sequences, tables, groups: int = 1) -> Rows:
+    """`sequences` as (context, rows), those of one row first; `tables` for each group or all."""
+    counts = [count for _, count in sequences]
+    tables = tables if isinstance(tables, list) else [tables] * groups
+    positions = np.concatenate([np.arange(c - n, c) for c, n in sequences]).astype(np.int32)
+    return Rows(
+        tokens=np.zeros(sum(counts), np.int32),
+        positions=positions,
+        starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        contexts=np.array([context for context, _ in sequences], np.int32),
+        block_tables=tables,
+        sample_rows=np.zeros(0, np.int32),
+    )
+
+
+def tables(rng, sequences, num_blocks: int) -> np.ndarray:
+    needed = [-(-context // BLOCK_SIZE) for context, _ in sequences]
+    ids = iter((rng.permutation(num_blocks) + 1).tolist())
+    table = np.zeros((len(sequences), max(needed)), np.int32)
+    for row, count in zip(table, needed, strict=True):
+        row[:count] = [next(ids) for _ in range(count)]
+    return table
+
+
+def filled(rng, specs, num_blocks) -> KVCache:
+    cache = KVCache(specs, num_blocks, BLOCK_SIZE)
+    for layer in cache.layers:
+        layer.k = mx.array(rng.standard_normal(layer.k.shape).astype(np.float32))
+        layer.v = mx.array(rng.standard_normal(layer.v.shape).astype(np.float32))
+    return cache
+
+
+SEQUENCES = [(1, 1), (16, 1), (17, 1), (50, 1), (5, 5), (32, 20), (60, 3)]
+FULL = LayerSpec(None, 2, 16, 24, mx.float32)
+WINDOWED = LayerSpec(20, 3, 8, 8, mx.float32)
+
+
+# -- writing --
+
+
+def test_rows_land_in_their_slots_and_nowhere_else():
+    rng = np.random.default_rng(0)
+    cache = filled(rng, [FULL, WINDOWED, FULL], [40, 30])
+    step = rows(SEQUENCES, [tables(rng, SEQUENCES, 40), tables(rng, SEQUENCES, 30)])
+    cache.begin(step)
+    for layer in cache.layers:
+        group = 0 if layer.spec.window is None else 1
+        owners = np.repeat(np.arange(len(SEQUENCES)), np.diff(step.starts))
+        for pool, head_dim in (("k", layer.spec.k_head_dim), ("v", layer.spec.v_head_dim)):
+            expected = np.array(getattr(layer, pool))
+            new = rng.standard_normal((len(owners), layer.spec.kv_heads, 1, head_dim))
+            for i, (owner, position) in enumerate(zip(owners, step.positions, strict=True)):
+                block = step.block_tables[group][owner, position // BLOCK_SIZE]
+                expected[block, :, position % BLOCK_SIZE] = new[i, :, 0]
+            new = mx.array(new.astype(np.float32))
+            other = mx.zeros((len(owners), layer.spec.kv_heads, 1, 40 - head_dim))
+            before = {name: np.array(getattr(layer, name)) for name in "kv"}
+            if pool == "k":
+                other = mx.zeros((*other.shape[:3], layer.spec.v_head_dim))
+                layer.update_and_fetch(new, other)
+            else:
+                other = mx.zeros((*other.shape[:3], layer.spec.k_head_dim))
+                layer.update_and_fetch(other, new)
+            assert np.array_equal(np.array(getattr(layer, pool)), expected)
+            setattr(layer, "kv".replace(pool, ""), mx.array(before["kv".replace(pool, "")]))
+
+
+def test_layers_of_one_window_share_a_group_and_keep_pools_of_their_own():
+    specs = [WINDOWED, FULL, WINDOWED, FULL]
+    cache = KVCache(specs, [5, 7], BLOCK_SIZE)
+    assert cache.windows == [20, None]
+    assert [layer.k.shape[0] for layer in cache.layers] == [6, 8, 6, 8]
+    assert len({id(array) for array in cache.arrays()}) == 8
+    assert cache.nbytes == sum(
+        (blocks + 1) * BLOCK_SIZE * spec.bytes_per_token
+        for blocks, spec in zip([5, 7, 5, 7], specs, strict=True)
+    )
+
+
+def test_a_row_without_a_block_is_an_error_and_not_a_write():
+    cache = KVCache([FULL], [5], BLOCK_SIZE)
+    with pytest.raises(AssertionError, match="no block"):
+        cache.begin(rows([(17, 1)], np.array([[1, 0]], np.int32)))
+    with pytest.raises(IndexError):
+        cache.begin(rows([(33, 1)], np.array([[1, 2]], np.int32)))
+
+
+def test_a_block_that_the_pool_does_not_have_is_an_error_and_not_a_write():
+    cache = KVCache([FULL, WINDOWED], [5, 2], BLOCK_SIZE)
+    good = np.array([[1, 2]], np.int32)
+    cache.begin(rows([(17, 1)], [good, good]))
+    for bad in ([good, good + 1], [good + 4, good], [good, -good]):
+        with pytest.raises(AssertionError, match="block"):
+            cache.begin(rows([(17, 1)], bad))
+
+
+# -- tags --
+
+NUMBERS = mx.array([[1.0, 2.0], [3.0, 5.0]])
+IN_PLACE = {
+    "iadd": (NUMBERS, 2),
+    "isub": (NUMBERS, NUMBERS * 3),
+    "imul": (NUMBERS, 2),
+    "imatmul": (NUMBERS, NUMBERS),
+    "itruediv": (NUMBERS, 2),
+    "ifloordiv": (NUMBERS, 2),
+    "imod": (NUMBERS, 2),
+    "ipow": (NUMBERS, 2),
+    "iand": (mx.array([True, False, True]), mx.array([True, True, False])),
+    "ior": (mx.array([True, False, False]), mx.array([True, True, False])),
+    "ixor": (mx.array([1, 2, 3]), mx.array([7, 6, 5])),
+    "ilshift": (mx.array([1, 2, 3]), 2),
+    "irshift": (mx.array([8, 16, 32]), 2),
+}
+
+
+def test_every_operator_that_works_in_place_is_tried_here():
+    known = {f"__{name}__" for name in IN_PLACE}
+    others = {"__index__", "__init__", "__init_subclass__", "__int__", "__invert__", "__iter__"}
+    assert {name for name in dir(mx.array) if name.startswith("__i")} == known | others
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_operator_in_place_gives_the_right_values_without_the_tag(name):
+    array, other = IN_PLACE[name]
+    tagged = Tagged.of(array * 1, "tag")  # a lazy array, as K and V are
+    expected = getattr(operator, name)(mx.array(array), other)
+    result = getattr(operator, name)(tagged, other)
+    assert type(result) is mx.array
+    assert result.tolist() == expected.tolist()
+
+
+def test_an_assigned_item_takes_the_tag_off():
+    for index in (0, (slice(None), 1), mx.array([1, 0]), NUMBERS > 2, ...):
+        tagged, plain = Tagged.of(NUMBERS * 1, "tag"), NUMBERS * 1
+        tagged[index] = 7
+        plain[index] = 7
+        assert tagged.tag is None
+        assert tagged.tolist() == plain.tolist()
+
+
+OPERATIONS = {
+    "slice": lambda a: a[:],
+    "reshape": lambda a: a.reshape(a.shape),
+    "transpose": lambda a: a.transpose(0, 1),
+    "swapaxes": lambda a: a.swapaxes(0, 1),
+    "squeeze": lambda a: a.squeeze(),
+    "same dtype": lambda a: a.astype(a.dtype),
+    "view": lambda a: a.view(mx.int32),
+    "add": lambda a: a + 0,
+    "from the right": lambda a: 0 + a,
+    "negate": lambda a: -a,
+    "at": lambda a: a.at[0].add(1),
+    "repeat": lambda a: mx.repeat(a, 2, axis=0),
+    "concatenate": lambda a: mx.concatenate([a]),
+    "broadcast": lambda a: mx.broadcast_to(a, a.shape),
+    "contiguous": mx.contiguous,
+    "stop_gradient": mx.stop_gradient,
+    "depends": lambda a: mx.depends([a], [NUMBERS])[0],
+    "array": mx.array,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_gives_a_plain_array_with_the_same_values(operation):
+    apply = OPERATIONS[operation]
+    tagged = Tagged.of(NUMBERS * 1, "tag")
+    assert type(apply(tagged)) is mx.array
+    assert apply(tagged).tolist() == apply(NUMBERS).tolist()
+    assert tagged.tag == "tag"
+
+
+# -- what a model that looks at K, V and the mask sees --
+
+
+def one_layer(spec, window=None):
+    """A filled cache with one layer, its step begun; q for its rows."""
+    rng = np.random.default_rng(1)
+    cache = filled(rng, [spec], [40])
+    step = rows(SEQUENCES, tables(rng, SEQUENCES, 40))
+    cache.begin(step)
+    (layer,) = cache.layers
+    new = [
+        mx.array(rng.standard_normal((len(step.positions), spec.kv_heads, 1, dim)))
+        for dim in (spec.k_head_dim, spec.v_head_dim)
+    ]
+    k, v = layer.update_and_fetch(*(array.astype(mx.float32) for array in new))
+    mask = layer.make_mask(1, window_size=window)
+    q = rng.standard_normal((len(step.positions), spec.kv_heads * 4, 1, spec.k_head_dim))
+    return layer, step, mx.array(q.astype(np.float32)), k, v, mask
+
+
+@pytest.mark.parametrize("sinks", [None, mx.arange(8) / 4])
+@pytest.mark.parametrize("window", [None, 1, 20, 40])
+def test_the_gathered_k_and_v_attend_as_the_pool_does(window, sinks):
+    layer, _, q, k, v, mask = one_layer(FULL, window)
+    paged = layer.attend(q, mask.tag.window, 0.25, sinks)
+    options = {"scale": 0.25, "mask": mask, "sinks": sinks}
+    gathered = reference._dense_attention(q, k * 1, v * 1, **options)
+    assert mx.abs(paged - gathered).max() < 1e-5
+    # The same by hand, as a model does that knows nothing of MLX's function.
+    if sinks is None:
+        scores = (q * 0.25) @ mx.repeat(k, 4, axis=1).swapaxes(2, 3)
+        weights = mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1)
+        assert mx.abs(paged - weights @ mx.repeat(v, 4, axis=1)).max() < 1e-5
+
+
+def test_the_window_of_a_group_is_in_its_mask_and_may_be_narrowed_only():
+    layer, step, *_ = one_layer(WINDOWED)
+    positions = step.positions[:, None]
+    keys = np.arange(step.block_tables[0].shape[1] * BLOCK_SIZE)[None, :]
+    for asked, used in ((None, 20), (20, 20), (7, 7)):
+        mask = layer.make_mask(1, window_size=asked)
+        assert mask.tag == MaskTag(layer.step, used)
+        expected = (keys <= positions) & (keys > positions - used)
+        assert np.array_equal(np.array(mask)[:, 0, 0], expected)
+    with pytest.raises(UnsupportedModel, match=r"reads 21 positions .* keeps 20"):
+        layer.make_mask(1, window_size=21)
+
+
+def test_k_and_v_fetched_again_are_the_same():
+    """Models whose later layers read an earlier layer's K and V ask for them a second time."""
+    layer, _, _, k, v, _ = one_layer(FULL)
+    again = layer.keys_and_values()
+    assert [a.tag for a in again] == [layer, layer]
+    assert mx.array_equal(again[0], k) and mx.array_equal(again[1], v)
+
+
+# -- memory --
+
+PARAMS = SamplingParams(temperature=0, max_tokens=12)
+PROMPTS = [list(range(n)) for n in (3, 60, 100, 17)]
+
+
+def run_and_watch(model, on_step=None) -> tuple[int, int]:
+    """(the most that a step took on top of what was there before it, bytes of a layer's K)"""
+    engine = serving.engine(model, num_blocks=8000, max_num_seqs=4, max_num_batched_tokens=48)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    most, before = 0, mx.get_active_memory()
+
+    def watch(engine):
+        nonlocal most, before
+        most = max(most, mx.get_peak_memory() - before)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        if on_step:
+            on_step()
+
+    serving.serve(engine, PROMPTS, PARAMS, on_step=watch)
+    return most, max(layer.k.nbytes for layer in model.cache.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_no_step_costs_a_pool(family):
+    most, pool = run_and_watch(tiny_models.make(family, vocab_size=128))
+    assert pool > 8e6
+    assert most < pool / 4
+
+
+def test_a_k_that_outlives_its_step_costs_a_pool(monkeypatch):
+    """The test above notices what it's there for."""
+    fetch = kv_cache.LayerCache.keys_and_values
+    kept = []
+
+    def leak(self):
+        k, v = fetch(self)
+        if not kept:
+            kept.append(k)
+        return k, v
+
+    monkeypatch.setattr(kv_cache.LayerCache, "keys_and_values", leak)
+    most, pool = run_and_watch(tiny_models.make("llama", vocab_size=128))
+    assert most >= pool
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_no_tagged_array_outlives_its_step(monkeypatch, family):
+    model = tiny_models.make(family, vocab_size=128)
+    made = []
+    of = Tagged.of
+
+    def note(array, tag):
+        tagged = of(array, tag)
+        made.append(weakref.ref(tagged))
+        return tagged
+
+    monkeypatch.setattr(Tagged, "of", staticmethod(note))
+
+    def none_left():
+        assert made and not any(ref() is not None for ref in made)
+        made.clear()
+
+    gc.disable()  # they go by themselves, not when the collector happens to run
+    try:
+        run_and_watch(model, none_left)
+    finally:
+        gc.enable()

@@ -1,0 +1,305 @@
+"""The check at load passes sound models and stops every bug that is planted here."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import odd_models
+import pytest
+import tiny_models
+from mlx.utils import tree_flatten
+
+from mlxpage import kv_cache, reference, self_check
+from mlxpage.backend import mx
+from mlxpage.errors import InvalidModel, UnsupportedModel
+from mlxpage.kv_cache import KVCache, LayerCache
+from mlxpage.model import Model
+
+FLOATS = [mx.float32, mx.float16, mx.bfloat16]
+# MLX multiplies experts' weights on a CPU in float32 only.
+EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}
+
+
+@functools.cache
+def tiny(family, dtype=mx.float32):
+    return tiny_models.make(family, dtype=dtype)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("family", sorted(tiny_models.CONFIGS))
+def test_sound_models_pass(family, block_size):
+    for seed in range(3):
+        self_check.check(tiny(family), block_size, seed)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("family", sorted(set(tiny_models.CONFIGS) - EXPERTS))
+def test_sound_models_of_16_bits_pass(family, dtype):
+    self_check.check(tiny(family, dtype), 16)
+
+
+def test_a_model_that_mlx_lm_cannot_run_here_is_refused():
+    with pytest.raises(UnsupportedModel, match="mlx-lm can't run gpt_oss on this device"):
+        self_check.check(tiny("gpt_oss", mx.float16), 16)
+
+
+def refused(model, dtype=mx.float32) -> bool:
+    model = tiny(model, dtype) if isinstance(model, str) else model
+    try:
+        self_check.check(model, 16)
+    except UnsupportedModel as error:
+        assert "computes something else over a block pool" in str(error)
+        return True
+    return False
+
+
+# -- bugs in the reading --
+
+plan = reference.plan
+
+
+def planned(**changes):
+    """`plan` with some of its arguments changed by functions of them all."""
+
+    def changed(starts, contexts, tables, block_size, window):
+        given = {
+            "starts": starts,
+            "contexts": contexts,
+            "tables": tables,
+            "block_size": block_size,
+            "window": window,
+        }
+        return plan(**given | {name: change(given) for name, change in changes.items()})
+
+    return changed
+
+
+def swapped(given):
+    """Two sequences' tables, the one for the other."""
+    tables = given["tables"].copy()
+    tables[[1, 2]] = tables[[2, 1]]
+    return tables
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "cohere2"])
+@pytest.mark.parametrize("change", ["ignored", -1, 1])
+def test_a_wrong_window_is_stopped(monkeypatch, family, change):
+    def window(given):
+        if given["window"] is None or change == "ignored":
+            return None
+        return given["window"] + change
+
+    monkeypatch.setattr(reference, "plan", planned(window=window))
+    assert refused(family)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_context_off_by_one_is_stopped(monkeypatch, off, dtype):
+    def contexts(given):
+        last = given["tables"].shape[1] * given["block_size"]
+        return np.clip(given["contexts"] + off, np.diff(given["starts"]), last)
+
+    monkeypatch.setattr(reference, "plan", planned(contexts=contexts))
+    assert refused("llama", dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_somebody_elses_table_is_stopped(monkeypatch, family, dtype):
+    monkeypatch.setattr(reference, "plan", planned(tables=swapped))
+    assert refused(family, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("which", [0, -2, -1, 1 / 2])
+def test_one_forgotten_position_is_stopped(monkeypatch, which, family, dtype):
+    """The first, the last but one, a row's own and the middle one, of 3 to 64 that a row reads."""
+
+    def forgetful(starts, contexts, tables, block_size, window):
+        spans = plan(starts, contexts, tables, block_size, window)
+        for span in spans:
+            rows, keys = span.rows.stop - span.rows.start, span.num_keys
+            mask = np.array(span.mask) if isinstance(span.mask, mx.array) else None
+            if mask is None and span.mask == "causal":
+                mask = (np.arange(keys) <= np.arange(keys - rows, keys)[:, None])[None, None]
+            elif mask is None:
+                mask = np.ones((rows, 1, 1, keys), bool)
+            for row in mask.reshape(-1, keys):
+                readable = np.flatnonzero(row)
+                if len(readable) > 2:
+                    row[readable[len(readable) // 2 if which == 1 / 2 else which]] = False
+            span.mask = mx.array(mask)
+        return spans
+
+    monkeypatch.setattr(reference, "plan", forgetful)
+    assert refused(family, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_k_in_the_place_of_v_is_stopped(monkeypatch, dtype):
+    paged_attention = reference.paged_attention
+    monkeypatch.setattr(
+        reference,
+        "paged_attention",
+        lambda q, k, v, *args, **options: paged_attention(q, v, k, *args, **options),
+    )
+    assert refused("llama", dtype)
+
+
+def test_a_scale_that_is_not_the_models_is_stopped(monkeypatch):
+    attend = LayerCache.attend
+    monkeypatch.setattr(
+        LayerCache,
+        "attend",
+        lambda self, q, window, scale, sinks: attend(self, q, window, 0.3, sinks),
+    )
+    assert refused("llama")
+
+
+def test_forgotten_sinks_are_stopped(monkeypatch):
+    attend = LayerCache.attend
+    monkeypatch.setattr(
+        LayerCache,
+        "attend",
+        lambda self, q, window, scale, sinks: attend(self, q, window, scale, None),
+    )
+    assert refused("gpt_oss")
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_bug_in_a_single_layer_is_stopped(monkeypatch, layer):
+    paged_attention, calls = reference.paged_attention, []
+
+    def sometimes(q, k, v, *args, **options):
+        calls.append(1)
+        wrong = (len(calls) - 1) % 3 == layer
+        return paged_attention(q, k, mx.roll(v, 1, axis=1) if wrong else v, *args, **options)
+
+    monkeypatch.setattr(reference, "paged_attention", sometimes)
+    assert refused("llama")
+
+
+# -- bugs in the writing and in the positions --
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_rows_in_the_wrong_slot_are_stopped(monkeypatch, off):
+    write = reference.write
+    monkeypatch.setattr(
+        reference,
+        "write",
+        lambda pool, rows, blocks, offsets: write(pool, rows, blocks, (offsets + off) % 16),
+    )
+    assert refused("llama")
+
+
+def test_a_forward_that_writes_nothing_is_stopped(monkeypatch):
+    write, calls = reference.write, []
+
+    def forgetful(pool, *where):
+        calls.append(1)
+        return write(pool, *where) if len(calls) > 6 else pool  # a K and a V for each layer
+
+    monkeypatch.setattr(reference, "write", forgetful)
+    assert refused("llama")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ["decoding rows one too far", "from the forward's start", "zero"])
+def test_wrong_positions_are_stopped(monkeypatch, kind, dtype):
+    """All positions of a sequence one too far would be no difference to RoPE."""
+    begin = KVCache.begin
+
+    def changed(self, rows):
+        begin(self, rows)
+        positions, lengths = rows.positions.copy(), np.diff(rows.starts)
+        if kind == "decoding rows one too far":
+            positions[: (lengths == 1).sum()] += 1
+        elif kind == "from the forward's start":
+            positions = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
+        else:
+            positions[:] = 0
+        self._forward.positions = mx.array(positions)
+
+    monkeypatch.setattr(KVCache, "begin", changed)
+    assert refused("llama", dtype)
+
+
+def test_rows_of_others_before_the_head_are_stopped(monkeypatch):
+    begin = KVCache.begin
+
+    def changed(self, rows):
+        begin(self, rows)
+        rows.sample_rows[:] = np.maximum(rows.sample_rows - 1, 0)
+
+    monkeypatch.setattr(KVCache, "begin", changed)
+    assert refused("llama")
+
+
+# -- models --
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_damaged_weights_are_invalid(name, bad):
+    model = tiny_models.make("llama")
+    weights = dict(tree_flatten(model.module.parameters()))
+    weights[name] = mx.full(weights[name].shape, bad)
+    model.module.load_weights(list(weights.items()))
+    with pytest.raises(InvalidModel, match="not finite") as caught:
+        self_check.check(model, 16)
+    assert not isinstance(caught.value, UnsupportedModel)
+
+
+def test_logits_that_are_finite_without_a_pool_only_are_stopped(monkeypatch):
+    paged_attention = reference.paged_attention
+    monkeypatch.setattr(
+        reference,
+        "paged_attention",
+        lambda *args, **options: paged_attention(*args, **options) * float("nan"),
+    )
+    assert refused("llama")
+
+
+def test_a_model_that_reads_what_is_to_come_is_refused():
+    """It attends in both directions, so each cut of a prompt gives it other logits: by that
+    measure any difference would be noise."""
+    module, config = odd_models.module("olmo2")
+
+    class BothWays(type(module)):
+        def __call__(self, tokens, cache=None):
+            hidden = self.model.embed_tokens(tokens)
+            for layer, c in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+                hidden = layer(hidden, None, c)
+            return self.lm_head(self.model.norm(hidden))
+
+    module.__class__ = BothWays
+    with pytest.raises(UnsupportedModel, match="computed in two forwards"):
+        self_check.check(Model(module, config), 16)
+
+
+def test_a_check_leaves_nothing_behind():
+    model = tiny_models.make("gemma3_text")
+    self_check.check(model, 16)
+    cache = KVCache(model.specs, [4, 4], 16)
+    model.bind(cache)
+    mx.clear_cache()
+    memory, random = mx.get_active_memory(), [array.tolist() for array in mx.random.state]
+    self_check.check(model, 16)
+    assert model.cache is cache
+    assert not any(array.any().item() for array in cache.arrays())
+    assert mx.get_active_memory() - memory < 4096
+    assert [array.tolist() for array in mx.random.state] == random
+    assert kv_cache.windows(model.specs) == [48, None]
+
+
+def test_a_check_that_fails_gives_the_cache_back(monkeypatch):
+    monkeypatch.setattr(reference, "plan", planned(tables=swapped))
+    model = tiny_models.make("llama")
+    cache = KVCache(model.specs, [4], 16)
+    model.bind(cache)
+    assert refused(model)
+    assert model.cache is cache
