@@ -65,7 +65,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _say(line: str, **style: Any) -> None:
-    click.secho(line, err=True, **style)
+    color = False if os.environ.get("NO_COLOR") else None
+    click.secho(line, err=True, color=color, **style)
 
 
 def _show(message: str, error: Exception) -> None:

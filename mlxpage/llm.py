@@ -38,7 +38,8 @@ class LLM:
             CPU float32.
         seed: of the requests that bring none.
         on_status: called with a line of text while the model is fetched and loaded.
-        on_loaded: called with the bytes of weights loaded so far and in all.
+        on_loaded: called with the bytes of weights loaded so far and in all; an error it raises
+            ends the loading, with EngineError.
 
     Every method may be called from any thread.
 
@@ -290,7 +291,11 @@ def _engine_maker(
             if closing.is_set():
                 raise EngineError("closed while the model was loading")
             if on_loaded:
-                on_loaded(done, total)
+                try:
+                    on_loaded(done, total)
+                except Exception as error:
+                    reason = f"on_loaded raised {type(error).__name__}: {error}"
+                    raise EngineError(reason) from error
 
         sizing.check_weights(folder, sizes["memory"])
         loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)

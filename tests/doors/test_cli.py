@@ -169,6 +169,17 @@ def test_engine_options_reach_the_engine(cli, tiny_folder):
     assert record["bytes"]["weights"] < (tiny_folder / "model.safetensors").stat().st_size * 0.6
 
 
+@pytest.mark.parametrize("no_color, color", [("1", False), ("", None)])
+def test_no_color_is_no_color(monkeypatch, no_color, color):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    asked = []
+    monkeypatch.setattr(
+        command_line.click, "secho", lambda line, **style: asked.append(style["color"])
+    )
+    command_line._say("line", dim=True)
+    assert asked == [color]
+
+
 # -- chat --
 
 

@@ -330,6 +330,14 @@ def test_loading_tells_how_far_it_is(make_llm):
     assert {dones[-1]} == set(totals) == {llm.plan.weights}
 
 
+def test_an_error_of_the_callers_own_function_ends_the_loading(make_llm):
+    def cancel(done, total):
+        raise TimeoutError("enough")
+
+    with pytest.raises(EngineError, match="on_loaded raised TimeoutError: enough"):
+        make_llm(on_loaded=cancel)
+
+
 @pytest.mark.parametrize(
     "options, named",
     [
@@ -437,6 +445,16 @@ def test_and_so_it_is_wherever_it_fails(make_llm, is_idle, monkeypatch, step):
     llm = make_llm()
     for at, error in itertools.product(range(25), ERRORS):
         check_failure(llm, is_idle, monkeypatch, step, error, at)
+
+
+def test_a_text_that_always_fails_fails_its_own_request_only_once(make_llm, monkeypatch):
+    llm = make_llm()
+    with monkeypatch.context() as patch:
+        fail(patch, "mlxpage.text.TextStream.finish", KeyError("no such letter"), times=10**6)
+        for _ in range(2):
+            with pytest.raises(EngineError, match="no such letter"):
+                llm.generate("abc", GREEDY)
+    assert len(llm.generate("abc", GREEDY).token_ids) == 12
 
 
 def test_a_failed_step_leaves_waiting_requests_alone(make_llm, monkeypatch):

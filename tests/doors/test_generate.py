@@ -395,6 +395,20 @@ def test_prompt_logprobs_are_those_of_the_models_own_distribution(llm, dense):
         check(entry, token, row, top=3)
 
 
+def test_a_preempted_prompt_is_scored_once(make_llm):
+    llm = make_llm(num_blocks=12)
+    params = changed(GREEDY, max_tokens=60, prompt_logprobs=0, logprobs=0)
+    prompts = [PROMPT[:70], PROMPT[3:73], PROMPT[7:77]]
+    alone = [llm.generate(prompt, params) for prompt in prompts]
+    assert llm.stats()["preemptions"] == 0
+    together = llm.generate(prompts, params)
+    assert llm.stats()["preemptions"] > 0
+    for ours, expected in zip(together, alone, strict=True):
+        assert ours.token_ids == expected.token_ids
+        assert [entry.token_id for entry in ours.prompt_logprobs[1:]] == ours.prompt_token_ids[1:]
+        assert [entry.token_id for entry in ours.logprobs] == ours.token_ids
+
+
 def check(entry, token: int, row: np.ndarray, top: int) -> None:
     assert entry.token_id == token
     assert entry.logprob == pytest.approx(row[token], abs=1e-4)

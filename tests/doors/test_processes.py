@@ -112,6 +112,16 @@ def test_ctrl_c_while_an_answer_comes(start, tiny_folder, times):
     assert time.monotonic() - began < 4
 
 
+@pytest.mark.full
+def test_ctrl_c_at_any_moment(start, tiny_folder):
+    # -2: before Python has a handler for it, or after it has taken it away.
+    for tenths in range(1, 31):
+        process = start("generate", tiny_folder, "hello", "-n", "400")
+        time.sleep(tenths / 10)
+        code, _, _ = process.interrupt().end()
+        assert code in (0, 130, -signal.SIGINT)
+
+
 def test_ctrl_c_at_the_chats_prompt_of_a_pipe_and_its_end(start, tiny_folder):
     process = start("chat", tiny_folder, "-n", "4", stdin=subprocess.PIPE)
     process.wait_for(process.process.stderr, b"pool ")

@@ -47,9 +47,7 @@ def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return text, False
 
 
-@given(texts, st.data())
-@settings(max_examples=300, deadline=None)
-def test_split_characters_come_whole_and_special_tokens_not_at_all(tokenizer, text, data):
+def check_split_characters(tokenizer, text, data):
     ids = tiny.ids(text)
     for _ in range(data.draw(st.integers(0, 3))):
         ids.insert(data.draw(st.integers(0, len(ids))), data.draw(specials))
@@ -58,19 +56,44 @@ def test_split_characters_come_whole_and_special_tokens_not_at_all(tokenizer, te
     assert not any(REPLACEMENT in piece for piece in given)
 
 
-@given(wild_ids)
-@settings(max_examples=300, deadline=None)
-def test_any_tokens_give_the_text_of_their_bytes(tokenizer, ids):
+def check_any_tokens(tokenizer, ids):
     given, _ = pieces(tokenizer, ids)
     assert "".join(given) == tiny.text(ids).rstrip(REPLACEMENT)
 
 
-@given(st.one_of(texts.map(tiny.ids), wild_ids), stops)
-@settings(max_examples=500, deadline=None)
-def test_a_stop_string_never_leaks_and_what_only_began_like_one_is_released(tokenizer, ids, stop):
+def check_stop_strings(tokenizer, ids, stop):
     given, stopped = pieces(tokenizer, ids, stop)
     text = tiny.text(ids)
     assert ("".join(given), stopped) in (cut(text, stop), cut(text.rstrip(REPLACEMENT), stop))
+
+
+CHECKS = {
+    "split characters come whole": (check_split_characters, [texts, st.data()]),
+    "any tokens give the text of their bytes": (check_any_tokens, [wild_ids]),
+    "stop strings never leak": (
+        check_stop_strings,
+        [st.one_of(texts.map(tiny.ids), wild_ids), stops],
+    ),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_text_of_a_stream(tokenizer, check):
+    run(tokenizer, check, 300)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_text_of_ten_thousand_streams(tokenizer, check):
+    run(tokenizer, check, 10_000)
+
+
+def run(tokenizer, check: str, examples: int) -> None:
+    function, strategies = CHECKS[check]
+    given_all = given(st.tuples(*strategies))
+    settings(max_examples=examples, deadline=None)(
+        given_all(lambda values: function(tokenizer, *values))
+    )()
 
 
 @given(st.text("abcdefgh", min_size=1))

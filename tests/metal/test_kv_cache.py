@@ -11,7 +11,7 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage import kv_cache, reference
+from mlxpage import kv_cache, reference, seam
 from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
 from mlxpage.kv_cache import KVCache, LayerSpec, MaskTag, Rows, Tagged
@@ -238,6 +238,43 @@ def test_the_window_of_a_group_is_in_its_mask_and_may_be_narrowed_only():
         assert np.array_equal(np.array(mask)[:, 0, 0], expected)
     with pytest.raises(UnsupportedModel, match=r"reads 21 positions .* keeps 20"):
         layer.make_mask(1, window_size=21)
+
+
+def test_only_what_comes_untouched_from_one_layer_reads_the_pool():
+    rng = np.random.default_rng(2)
+    cache = filled(rng, [FULL, FULL, WINDOWED], [40, 40])
+    table = tables(rng, SEQUENCES, 40)
+    cache.begin(rows(SEQUENCES, [table, table]))
+    (k, v), (other_k, other_v), _ = (layer.keys_and_values() for layer in cache.layers)
+    one, _, windowed = cache.layers
+    mask, foreign = one.make_mask(1), windowed.make_mask(1)
+    q = mx.array(rng.standard_normal((len(cache.layers[0].offset), 8, 1, 16)).astype(np.float32))
+
+    def attended(*arrays, **options) -> bool:
+        before = [layer.num_attended for layer in cache.layers]
+        out = mx.fast.scaled_dot_product_attention(*arrays, scale=0.25, **options)
+        if hooked := [layer.num_attended for layer in cache.layers] != before:
+            options["mask"] = mask  # what its rows' positions say anyway
+        plain = [array * 1 for array in arrays]
+        expected = reference._dense_attention(*plain, scale=0.25, **options)
+        assert mx.abs(out - expected).max() < 1e-5
+        return hooked
+
+    seam.install()
+    assert attended(q, k, v, mask=mask)
+    assert attended(q, k, v)
+    assert attended(q, k, v, mask="causal")
+    assert not attended(q, k * 2, v, mask=mask)
+    assert not attended(q, k, v * 2, mask=mask)
+    assert not attended(q, k, other_v, mask=mask)
+    assert not attended(q, other_k, v, mask=mask)
+    assert not attended(q, k, v, mask=mask & True)
+    assert not attended(q, k, v, mask=foreign)
+    assert not attended(q, k, v, mask=mask, stream=mx.cpu)
+    stale = one.make_mask(1)
+    cache.begin(rows(SEQUENCES, [table, table]))
+    k, v = one.keys_and_values()
+    assert not attended(q, k, v, mask=stale)
 
 
 def test_k_and_v_fetched_again_are_the_same():

@@ -285,6 +285,19 @@ def test_a_run_stays_in_its_plan(family, vocab):
         assert 0 < beside <= plan.scratch
 
 
+def test_many_rows_to_sample_stay_in_their_plan():
+    beside, plan = measured(
+        Model(*odd_models.module("llama", vocab_size=30_000)),
+        None,
+        [[i] for i in range(48)],
+        SamplingParams(temperature=1, top_p=0.9, max_tokens=2, logprobs=5),
+        num_blocks=48,
+        max_num_seqs=48,
+        max_num_batched_tokens=48,
+    )
+    assert plan.scratch / 3 < beside <= plan.scratch
+
+
 @pytest.mark.parametrize("rows, context", [(64, 4000), (512, 2000), (2000, 2000)])
 def test_long_prompts_stay_in_their_plan(rows, context):
     model = tiny("llama")

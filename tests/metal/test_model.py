@@ -415,8 +415,9 @@ def test_loading_leaves_the_process_limits_alone(folder):
     code = f"""
 import resource
 from pathlib import Path
-before = resource.getrlimit(resource.RLIMIT_NOFILE)
 setrlimit = resource.setrlimit
+before = (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+setrlimit(resource.RLIMIT_NOFILE, before)  # no limit that anyone would set
 from mlxpage import model, self_check
 self_check.check(model.load(Path({str(folder)!r})), 16)
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == before

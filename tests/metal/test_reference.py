@@ -226,6 +226,26 @@ def test_attention_of_16_bits_differs_by_rounding_only(dtype, tolerance):
             assert_as_defined(case, dtype, tolerance)
 
 
+def test_queries_of_another_dtype_do_not_cost_a_copy_of_the_pool():
+    """Some models make their queries float32 over K and V of 16 bits."""
+    rng = np.random.default_rng(3)
+    case = make(rng, [(20, 1), (40, 1), (30, 9)], heads=(2, 2, 32, 32), garbage=6e4)
+    blocks = mx.zeros((4000, 2, 16, 32), mx.float16)
+    k_pool, v_pool = (
+        mx.concatenate([mx.array(pool).astype(mx.float16), blocks])
+        for pool in (case.k_pool, case.v_pool)
+    )
+    spans = reference.plan(case.starts, case.contexts, case.tables, 16, None)
+    q = mx.array(case.q.astype(np.float32))
+    mx.eval(q, k_pool, v_pool)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    out = reference.paged_attention(q, k_pool, v_pool, spans, scale=case.scale)
+    assert np.abs(np.array(out) - defined(case)).max() < 4e-3
+    assert mx.get_peak_memory() - before < k_pool.nbytes / 4
+
+
 def test_decoding_sequences_of_very_different_length_share_no_padding_to_speak_of():
     lengths = np.array(sorted([1, 5, 16, 17, 40, 64, 300, 301, 5000, 20_000]), np.int32)
     tables = np.ones((len(lengths), 20_000 // 16), np.int32)

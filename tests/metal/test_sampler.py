@@ -130,7 +130,7 @@ def test_the_order_of_the_filters_shows():
         assert both.sum() == (right > 0).sum() < (of_all > 0).sum()
     tokens = draw(np.tile(logits, (6000, 1)), [NEUTRAL] * 6000)
     with pytest.raises(AssertionError):
-        assert_drawn_from(tokens, distribution(logits, **NEUTRAL | {"temperature": 1.1}))
+        assert_drawn_from(tokens, distribution(logits, **NEUTRAL | {"temperature": 1.3}))
 
 
 @pytest.mark.parametrize("vocab", [900, 3000])
@@ -345,8 +345,7 @@ REQUESTS = [
     {"logit_bias": {7: 2.5, 103: -100.0, 3: 0.25}},
     {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
     {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "logit_bias": {9: 2.0}},
-    {"min_tokens": 6, "stop_token_ids": tuple(range(0, 256, 2))},
-    {"stop_token_ids": tuple(range(0, 256, 2))},
+    *({"min_tokens": n, "stop_token_ids": tuple(range(0, 256, 2))} for n in range(10)),
 ]
 
 
@@ -376,7 +375,8 @@ def test_penalties_of_a_request_are_those_that_are_documented():
     params = [SamplingParams(temperature=0, max_tokens=40, **request) for request in REQUESTS]
     expected = [greedy_by_hand(model.module, given) for given in params]
     assert expected[0] not in expected[1:], "each has its effect"
-    assert len(expected[-1]) < 6 < len(expected[-2]) < 40
+    ends = {len(tokens) - given.min_tokens for tokens, given in zip(expected, params, strict=True)}
+    assert 1 in ends, "an end token at the first place where it may be"
     outputs = serving.serve(serving.engine(model), [PROMPT] * len(REQUESTS), params)
     assert [output.token_ids for output in outputs] == expected
 
