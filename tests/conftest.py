@@ -1,11 +1,21 @@
 """Fixtures that every folder of tests shares."""
 
+import signal
+
 import pytest
 
 from mlxpage import blas
 
 # Before anything imports MLX: without it float32 on a Linux CPU is 50 times slower.
 blas.load()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts background jobs with SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
