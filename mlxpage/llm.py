@@ -194,10 +194,12 @@ class LLM:
 
     def _next(self, events: queue.SimpleQueue) -> tuple[int, StreamEvent]:
         while True:
+            running = self._thread.is_running  # if not, the last events are there already
             try:
-                return events.get(timeout=ALIVE_SECONDS)
+                return events.get(timeout=ALIVE_SECONDS if running else 0)
             except queue.Empty:
-                self._check_open()
+                if not running:
+                    raise EngineError("the engine is closed") from None
 
     def _abort(self, ids: list[int]) -> None:
         """Ends requests. Their blocks are free afterwards, unless the garbage collector found an

@@ -37,6 +37,7 @@ class Span:
     tables: mx.array  # (S, M) int32 block ids, padded with NULL_BLOCK
     mask: mx.array | str | None  # (S, 1, C, M * block_size) bool, or "causal"
     num_keys: int  # of M * block_size
+    is_chunk: bool = False  # consecutive rows of one sequence, maybe only one of them
     stream: int = 0
     _indices: dict[int, mx.array] = field(default_factory=dict)
 
@@ -100,7 +101,8 @@ def plan(
                 mask = mx.array((k <= q[:, None]) & (k > q[:, None] - window))[None, None]
             rows = slice(int(starts[i]) + begin, int(starts[i]) + end)
             taken = tables[i : i + 1, first_key // block_size : last_block]
-            spans.append(Span(rows, mx.array(taken), mask, before + end - first_key))
+            keys = before + end - first_key
+            spans.append(Span(rows, mx.array(taken), mask, keys, is_chunk=True))
 
     _spread(spans, streams)
     return spans
@@ -208,9 +210,10 @@ def paged_attention(
 
 
 def _attend(q, k_pool, v_pool, span, scale, sinks):
-    if q.shape[0] > span.tables.shape[0]:
+    if span.is_chunk:
         return _chunk(q, k_pool, v_pool, span, scale, sinks)
-    if q.dtype == mx.float32 and mx.default_device() == mx.cpu:
+    all_float32 = q.dtype == k_pool.dtype == v_pool.dtype == mx.float32
+    if all_float32 and mx.default_device() == mx.cpu:
         return _decode_where_blocks_lie(q, k_pool, v_pool, span, scale, sinks)
     return _decode(q, k_pool, v_pool, span, scale, sinks)
 
