@@ -320,7 +320,7 @@ def prompts_of(tokenizer, count, shortest, longest):
 
 
 @pytest.mark.parametrize(
-    "longest", [60, pytest.param(3000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+    "longest", [60, pytest.param(1500, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
 )
 def test_smollm2_stays_in_its_plan(smollm2_folder, longest):
     model = models.load(smollm2_folder, dtype="float32")
