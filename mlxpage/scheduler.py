@@ -12,8 +12,9 @@ from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import FinishReason
 from mlxpage.sequence import Sequence, Status
 
-# Logits of every row of such a chunk exist at once: they are vocabulary-sized.
-PROMPT_LOGPROBS_CHUNK = 64
+# Rows of a step whose prompt log-probabilities are wanted: their logits, vocabulary-sized, exist at
+# once. Every running sequence gets a row beyond that, so that nobody stands still.
+MAX_SCORED_TOKENS = 64
 
 
 @dataclass(slots=True)
@@ -34,6 +35,8 @@ class Schedule:
     scheduled: list[Scheduled] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     num_scheduled_tokens: int = 0
+    num_scored_tokens: int = 0
+    """Of them, those whose prompt log-probabilities are wanted."""
 
     def __bool__(self) -> bool:
         return bool(self.scheduled)
@@ -118,7 +121,7 @@ class Scheduler:
             seq = running[index]
             index += 1
             # One token is kept back for each of those that follow: nobody stands still.
-            granted = self._grant(seq, budget - (len(running) - index))
+            granted = self._grant(seq, budget - (len(running) - index), schedule)
             if granted and self._make_room(seq, granted, schedule):
                 budget -= granted
                 self._plan(schedule, seq, granted)
@@ -128,7 +131,8 @@ class Scheduler:
         while self.waiting and len(running) < self.max_num_seqs:
             seq = self.waiting[0]
             # A preempted sequence may still wait for its last token: it can't be fed before.
-            granted = self._grant(seq, self.max_num_batched_tokens - schedule.num_scheduled_tokens)
+            budget = self.max_num_batched_tokens - schedule.num_scheduled_tokens
+            granted = self._grant(seq, budget, schedule)
             if not granted or seq.num_pending or not self._fits(seq):
                 break
             heapq.heappop(self.waiting)
@@ -137,21 +141,19 @@ class Scheduler:
             self._grow(seq, granted)
             self._plan(schedule, seq, granted)
 
-    def _grant(self, seq: Sequence, budget: int) -> int:
+    def _grant(self, seq: Sequence, budget: int, schedule: Schedule) -> int:
         """How many tokens `seq` computes in this step, 0 if its newest one is still unknown and
         will be its last."""
         if seq.num_tokens >= seq.max_length:
             return 0
         granted = min(seq.num_tokens - seq.num_computed_tokens, budget)
-        if (
-            granted > PROMPT_LOGPROBS_CHUNK
-            and seq.params.prompt_logprobs is not None
-            and seq.num_computed_tokens < seq.num_prompt_tokens
-        ):
-            return PROMPT_LOGPROBS_CHUNK
+        if seq.is_scored:
+            granted = min(granted, max(1, MAX_SCORED_TOKENS - schedule.num_scored_tokens))
         return granted
 
     def _plan(self, schedule: Schedule, seq: Sequence, granted: int) -> None:
+        if seq.is_scored:
+            schedule.num_scored_tokens += granted
         start = seq.num_computed_tokens
         seq.num_computed_tokens = end = start + granted
         samples = end == seq.num_tokens

@@ -95,6 +95,14 @@ class Sequence:
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities are wanted of the prompt tokens that are computed next."""
+        return (
+            self.params.prompt_logprobs is not None
+            and self.num_computed_tokens < self.num_prompt_tokens
+        )
+
     def append(self, token: int) -> FinishReason | None:
         """Takes a sampled token in place of its placeholder; says whether it ends the sequence."""
         assert self.num_pending > 0, f"{self} expects no token"

@@ -6,7 +6,7 @@ from world import STOP, Request, World
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
 from mlxpage.sampling_params import SamplingParams
-from mlxpage.scheduler import PROMPT_LOGPROBS_CHUNK, Scheduler
+from mlxpage.scheduler import MAX_SCORED_TOKENS, Scheduler
 from mlxpage.sequence import Sequence, Status
 
 TOKEN = 7
@@ -104,11 +104,18 @@ def test_several_prompts_share_a_step():
 def test_prompt_logprobs_are_computed_in_small_chunks():
     scheduler = make(tokens=512)
     add(scheduler, sequence(0, 150, prompt_logprobs=1), sequence(1, 100))
-    assert PROMPT_LOGPROBS_CHUNK == 64
+    assert MAX_SCORED_TOKENS == 64
     assert parts(step(scheduler)) == [(0, 0, 64), (1, 0, 100)]
     assert parts(step(scheduler)) == [(0, 64, 64), (1, 100, 1)]
     assert parts(step(scheduler)) == [(0, 128, 22), (1, 101, 1)]
     assert parts(step(scheduler)) == [(0, 150, 1), (1, 102, 1)]
+
+
+def test_prompts_with_logprobs_share_the_rows_that_are_scored_at_once():
+    scheduler = make(200, tokens=512)
+    add(scheduler, *(sequence(i, 100, prompt_logprobs=1) for i in range(3)), sequence(3, 100))
+    assert parts(step(scheduler)) == [(0, 0, 64), (1, 0, 1), (2, 0, 1), (3, 0, 100)]
+    assert parts(step(scheduler)) == [(0, 64, 36), (1, 1, 28), (2, 1, 1), (3, 100, 1)]
 
 
 def test_outputs_after_a_prompt_with_logprobs_are_computed_again_at_once():

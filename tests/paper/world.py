@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mlxpage.cache_group import CacheGroup
 from mlxpage.sampling_params import SamplingParams
-from mlxpage.scheduler import PROMPT_LOGPROBS_CHUNK, Schedule, Scheduler
+from mlxpage.scheduler import MAX_SCORED_TOKENS, Schedule, Scheduler
 from mlxpage.sequence import Sequence, Status
 
 STOP = 1
@@ -192,6 +192,7 @@ class World:
                 self.write(index, group, part, writers)
             for part in plan.scheduled:
                 self.read(index, group, part)
+        scored = []
         for part in plan.scheduled:
             seq, end = part.seq, part.start + part.num_tokens
             assert part.start == self.num_fed.get(self.life(seq), 0), "skipped or repeated"
@@ -199,7 +200,7 @@ class World:
             if end > len(seq.token_ids):
                 assert part.num_tokens == 1, "a token that nobody knows yet, in a longer chunk"
             if seq.params.prompt_logprobs is not None and part.start < seq.num_prompt_tokens:
-                assert part.num_tokens <= PROMPT_LOGPROBS_CHUNK
+                scored.append(part.num_tokens)
             assert part.samples == (end == self.num_sampled[seq.id])
             self.num_fed[self.life(seq)] = end
             self.num_sampled[seq.id] += part.samples
@@ -209,6 +210,7 @@ class World:
             self.num_computed += part.num_tokens
             self.num_recomputed += max(0, min(end, known) - part.start)
             self.furthest[seq.id] = max(end, known)
+        assert sum(scored) <= MAX_SCORED_TOKENS + len(scored), "too many logits at once"
 
     def life(self, seq: Sequence) -> tuple[int, int]:
         return (seq.id, seq.num_preemptions)
