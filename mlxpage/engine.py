@@ -80,8 +80,10 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
-        self.defaults = defaults or {}
         self._vocab_size = model.vocab_size
+        self.defaults = dict(defaults or {})
+        if "top_k" in self.defaults:  # some models' files ask for more than they have
+            self.defaults["top_k"] = min(self.defaults["top_k"], self._vocab_size)
         self._context_length = model.context_length or 2**31
         # A tokenizer may end texts by a token that its model doesn't have.
         self._eos = frozenset(i for i in tokenizer.eos_token_ids if self._is_token(i))
@@ -238,17 +240,31 @@ class Engine:
     def _record(self, schedule: Schedule, batch: Batch, computed: Computed) -> None:
         now = time.perf_counter()
         self._counts["steps"] += 1
+        self._fail_broken(batch.sampling, computed.tokens)
         for (seq, position), entry in zip(batch.scoring, computed.prompt_logprobs, strict=True):
-            known = self._requests[seq.id].prompt_logprobs
-            if position == len(known):  # a preempted prompt is computed again
-                known.append(_first(entry, seq.params.prompt_logprobs))
+            request = self._requests.get(seq.id)
+            # A preempted prompt is computed again.
+            if request and position == len(request.prompt_logprobs):
+                request.prompt_logprobs.append(_first(entry, seq.params.prompt_logprobs))
         if computed.logprobs:
             for seq, entry in zip(batch.sampling, computed.logprobs, strict=True):
-                if seq.params.logprobs is not None:
-                    entry = _first(entry, seq.params.logprobs)
-                    self._requests[seq.id].logprobs.append(entry)
+                request = self._requests.get(seq.id)
+                if request and seq.params.logprobs is not None:
+                    request.logprobs.append(_first(entry, seq.params.logprobs))
         for seq, token in self.scheduler.update(schedule, computed.tokens):
             self._hand_out(self._requests[seq.id], token, now)
+
+    def _fail_broken(self, sampling: list[Sequence], tokens: list[int]) -> None:
+        """Fails the requests that got no token because their logits were not finite."""
+        for seq, token in zip(sampling, tokens, strict=True):
+            if token < 0:
+                dtype = str(self.model.logits_dtype).removeprefix("mlx.core.")
+                error = EngineError(
+                    f"the model's logits are not finite after {len(seq.token_ids):,} tokens; "
+                    f"computed in {dtype}. Its numbers may pass that type's range: try "
+                    "dtype='bfloat16' or 'float32'."
+                )
+                self._finish(self._requests[seq.id], "abort", error=error)
 
     def _hand_out(self, request: Request, token: int, now: float) -> None:
         seq = request.seq
@@ -290,13 +306,13 @@ class Engine:
         self._counts["failed_steps"] += 1
         failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
-        for part in schedule.scheduled:
-            if request := self._requests.get(part.seq.id):
-                self._finish(request, "abort", error=failure)
         self.scheduler.restart()
         self.model.cache = None
         forget_locals(error)
         mx.clear_cache()
+        for part in schedule.scheduled:
+            if request := self._requests.get(part.seq.id):
+                self._finish(request, "abort", error=failure)
 
     # -- facts --
 

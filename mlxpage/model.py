@@ -206,8 +206,8 @@ def _logits(module) -> tuple[int, mx.Dtype]:
 def _context_length(config: dict[str, Any]) -> int | None:
     for section in (config, config.get("text_config") or {}):
         for key in _CONTEXT_KEYS:
-            if isinstance(section.get(key), int):
-                return section[key]
+            if isinstance(length := section.get(key), int) and length > 0:
+                return length
     return None
 
 

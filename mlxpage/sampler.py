@@ -38,7 +38,7 @@ class Choices:
 
 
 def sample(logits: mx.array, choices: Choices) -> mx.array:
-    """(R,) int32 token ids from `logits` (R, vocab).
+    """(R,) int32 token ids from `logits` (R, vocab), -1 where a row's logits are not finite.
 
     A row's token depends on its own logits, parameters, seed and position only: the noise of a
     row comes from a key of its own, whatever else is in the batch.
@@ -47,6 +47,9 @@ def sample(logits: mx.array, choices: Choices) -> mx.array:
     if choices.penalties is not None:
         logits = _penalised(logits, choices.penalties)
     greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
+    best = mx.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]
+    broken = mx.isnan(best) | mx.isinf(best)
+    greedy = mx.where(broken, -1, greedy)
     is_greedy = choices.temperature < _COLDEST
     if is_greedy.all():
         return greedy
@@ -56,7 +59,7 @@ def sample(logits: mx.array, choices: Choices) -> mx.array:
     noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[1:], key=key))(keys)
     # Gumbel-max: the largest of logit plus noise is a draw from the softmax.
     drawn = mx.argmax(scaled + noise, axis=-1).astype(mx.int32)
-    return mx.where(mx.array(is_greedy), greedy, drawn)
+    return mx.where(mx.array(is_greedy) | broken, greedy, drawn)
 
 
 def logprobs(logits: mx.array, tokens: mx.array, top: int) -> tuple[mx.array, mx.array, mx.array]:

@@ -296,6 +296,15 @@ def penalised(logits: np.ndarray, entries: list[tuple]) -> np.ndarray:
     return logits
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_row_without_finite_logits_gets_no_token(temperature):
+    logits = np.zeros((4, 8), np.float32)
+    logits[1] = np.nan
+    logits[2, 3] = np.inf
+    tokens = np.array(sample(mx.array(logits), choices([{"temperature": temperature}] * 4)))
+    assert (tokens >= 0).tolist() == [True, False, False, True]
+
+
 def test_penalties_change_the_logits_they_name():
     rng = np.random.default_rng(9)
     logits = (rng.standard_normal((30, 100)) * 2).astype(np.float32)

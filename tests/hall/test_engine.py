@@ -1,0 +1,38 @@
+"""What an engine does with requests that a step can't serve."""
+
+import pytest
+import serving
+import tiny_models
+
+from mlxpage.backend import mx
+from mlxpage.errors import EngineError
+from mlxpage.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+def test_a_request_whose_numbers_overflow_fails_alone_and_names_the_way_out():
+    model = tiny_models.make("llama", dtype=mx.float16, tie_word_embeddings=False)
+    embedding = model.module.model.embed_tokens
+    embedding.weight[7] = float("inf")
+    expected = serving.serve(serving.engine(model), [[1, 2, 3], [4, 5]], GREEDY)
+
+    engine = serving.engine(model, num_blocks=8)
+    events = {}
+    for name, prompt in {"sound": [1, 2, 3], "broken": [6, 7], "next": [4, 5]}.items():
+        request = engine.request(
+            prompt, GREEDY, lambda event, name=name: events.setdefault(name, []).append(event)
+        )
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+        engine.scheduler.check()
+    error = events["broken"][-1].error
+    with pytest.raises(
+        EngineError, match=r"not finite after 2 tokens; computed in float16.*dtype="
+    ):
+        raise error
+    assert events["broken"][-1].output.token_ids == []
+    for name, output in zip(("sound", "next"), expected, strict=True):
+        assert events[name][-1].output.token_ids == output.token_ids
+    assert all(group.pool.num_used == 0 for group in engine.scheduler.groups)
