@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -73,10 +74,10 @@ def _scored_positions(part: Scheduled) -> range:
 
 
 def _padded(tables: list[list[int]]) -> np.ndarray:
-    longest = max(map(len, tables))
-    padded = np.zeros((len(tables), longest), np.int32)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
+    lengths = np.fromiter(map(len, tables), np.int32, len(tables))
+    padded = np.zeros((len(tables), lengths.max()), np.int32)
+    owned = np.arange(padded.shape[1]) < lengths[:, None]
+    padded[owned] = np.fromiter(chain.from_iterable(tables), np.int32, lengths.sum())
     return padded
 
 
