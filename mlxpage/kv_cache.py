@@ -51,22 +51,26 @@ class GroupStep:
         self._rows = rows
         self._tables = tables
         self._block_size = block_size
-        self._spans: dict[int | None, list[reference.Span]] = {}
+        self._spans: dict[tuple, list[reference.Span]] = {}
         owners = np.repeat(np.arange(len(rows.contexts)), np.diff(rows.starts))
         blocks = tables[owners, rows.positions // block_size]
         assert blocks.all(), "a row has no block to be written to"
         self.write_blocks = mx.array(blocks)  # (T,)
-        self.write_offsets = mx.array(rows.positions % block_size)  # (T,)
+        offsets = rows.positions % block_size
+        self.write_offsets = mx.array(offsets)  # (T,)
+        begun = np.setdiff1d(blocks[offsets == 0], blocks[offsets == block_size - 1])
+        self.begun_blocks = mx.array(begun) if len(begun) else None
         # Lazy: evaluated only for a model that wants K, V or the mask as plain arrays.
         self.row_tables = mx.take(mx.array(tables), mx.array(owners), axis=0)  # (T, M)
 
-    def spans(self, window: int | None) -> list[reference.Span]:
+    def spans(self, window: int | None, heads: int) -> list[reference.Span]:
         """How the rows are attended by a layer that reads `window` positions."""
-        if window not in self._spans:
-            self._spans[window] = reference.plan(
-                self._rows.starts, self._rows.contexts, self._tables, self._block_size, window
+        if (window, heads) not in self._spans:
+            rows = self._rows
+            self._spans[window, heads] = reference.plan(
+                rows.starts, rows.contexts, self._tables, self._block_size, window, heads
             )
-        return self._spans[window]
+        return self._spans[window, heads]
 
     def row_mask(self, window: int | None) -> mx.array:
         """(T, 1, 1, M * block_size) bool, lazy: what each row may read of its own table."""
@@ -163,8 +167,9 @@ class LayerCache:
         """Writes the rows (T, kv_heads, 1, head_dim) and returns what they may read, tagged:
         (T, kv_heads, M * block_size, head_dim)."""
         step = self.step
-        self.k = reference.write(self.k, k.squeeze(2), step.write_blocks, step.write_offsets)
-        self.v = reference.write(self.v, v.squeeze(2), step.write_blocks, step.write_offsets)
+        where = step.write_blocks, step.write_offsets, step.begun_blocks
+        self.k = reference.write(self.k, k.squeeze(2), *where)
+        self.v = reference.write(self.v, v.squeeze(2), *where)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -185,7 +190,7 @@ class LayerCache:
     ) -> mx.array:
         """q (T, heads, 1, head_dim) -> (T, heads, 1, value head_dim)"""
         self.num_attended += 1
-        spans = self.step.spans(window)
+        spans = self.step.spans(window, q.shape[1])
         out = reference.paged_attention(
             q.squeeze(2), self.k, self.v, spans, scale=scale, sinks=sinks
         )

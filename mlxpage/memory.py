@@ -19,11 +19,13 @@ DEFAULT_TOKENS_PER_SEQUENCE = 1024
 
 # MLX allocates for a hundred operations ahead of the one that is computed. What that comes to was
 # measured: rows of float32 logits for each sampled one, when top_p and log-probabilities are asked
-# for, and pieces of a chunk's attention.
+# for, and for each one of a prompt; pieces of a chunk's attention, or layers of a short one.
 _LOGIT_COPIES = 12
+_PROMPT_LOGIT_COPIES = 4
 _PIECES_AT_ONCE = 18
-# A chunk of a prompt whose log-probabilities are asked for has no more rows than this.
-_PROMPT_LOGPROBS_ROWS = 64
+_LAYERS_AT_ONCE = 3
+# Rows of a step whose prompt log-probabilities are asked for, beside one of each sequence.
+_SCORED_ROWS = 64
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6}
@@ -228,11 +230,13 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
 
     size = max(spec.dtype.size for spec in model.specs)
     activations = rows * (4 * hidden + 3 * wide) * size
-    logit_rows = _LOGIT_COPIES * max_num_seqs + 4 * _PROMPT_LOGPROBS_ROWS
+    logit_rows = _LOGIT_COPIES * max_num_seqs
+    logit_rows += _PROMPT_LOGIT_COPIES * (_SCORED_ROWS + max_num_seqs)
     if not model.gathers_rows:
         logit_rows += rows
     logits = logit_rows * model.vocab_size * 4
-    scores = heads * min(rows * context, _PIECES_AT_ONCE * reference.MAX_SCORES) * 4
+    scores = heads * rows * context * _LAYERS_AT_ONCE
+    scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES) * 4
     layer = max(spec.bytes_per_token for spec in model.specs)
-    gathered = layer * (_PIECES_AT_ONCE * context + min(tokens, max_num_seqs * context))
+    gathered = layer * (_LAYERS_AT_ONCE * context + min(tokens, max_num_seqs * context))
     return activations + logits + scores + gathered

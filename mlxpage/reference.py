@@ -8,6 +8,7 @@ run of memory, for the products here as for a threadgroup that serves one head.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,9 +24,9 @@ _dense_attention = mx.fast.scaled_dot_product_attention
 # A call of its own costs a handful of operations per layer, about as much as reading this many
 # blocks: sequences are padded to their bucket's longest rather than split over more buckets.
 _BUCKET_BLOCKS = 64
-# Rows times keys of one call: on a CPU, which has no fused attention, the scores of every head
-# exist at once.
-MAX_SCORES = 2**20
+# Scores (rows x keys x heads) of one call: on a CPU, which has no fused attention, they exist at
+# once, and MLX runs some twenty calls ahead of the one that is computed.
+MAX_SCORES = 2**22
 _MAX_STREAMS = 4
 
 
@@ -34,9 +35,11 @@ class Span:
     """Rows that are attended in one call: a row each of several sequences, or a run of one's."""
 
     rows: slice
-    tables: mx.array  # (S, M) int32 block ids, padded with NULL_BLOCK
-    mask: mx.array | str | None  # (S, 1, C, M * block_size) bool, or "causal"
-    num_keys: int  # of M * block_size
+    tables: (
+        mx.array
+    )  # (S, M) int32 block ids, padded with NULL_BLOCK; one for all pieces of a chunk
+    keys: slice  # of the M * block_size positions
+    mask: mx.array | str | None  # (S, 1, C, keys) bool, or "causal"
     is_chunk: bool = False  # consecutive rows of one sequence, maybe only one of them
     stream: int = 0
     _indices: dict[int, mx.array] = field(default_factory=dict)
@@ -49,6 +52,10 @@ class Span:
             self._indices[kv_heads] = self.tables[:, None, :] * kv_heads + heads[None, :, None]
         return self._indices[kv_heads]
 
+    @property
+    def cost(self) -> int:
+        return (self.rows.stop - self.rows.start) * (self.keys.stop - self.keys.start)
+
 
 def plan(
     starts: np.ndarray,
@@ -56,6 +63,7 @@ def plan(
     tables: np.ndarray,
     block_size: int,
     window: int | None,
+    heads: int,
 ) -> list[Span]:
     """How the rows of a forward are attended, for the layers of one cache group.
 
@@ -66,15 +74,37 @@ def plan(
         tables: (S, M) block ids, padded with NULL_BLOCK.
         block_size: positions in a block.
         window: a row at position p reads the positions k with p - window < k <= p.
+        heads: of the queries.
 
     Returns:
         Spans in the order of the rows, spread over the CPU's streams.
     """
     streams = len(_streams())
-    lengths = np.diff(starts)
-    num_decoding = int(np.searchsorted(lengths > 1, True))
-    spans = []
+    num_decoding = int(np.searchsorted(np.diff(starts) > 1, True))
+    spans = [
+        *_decoding(starts, contexts, tables, block_size, window, num_decoding, streams),
+        *(
+            span
+            for i in range(num_decoding, len(contexts))
+            for span in _chunk_pieces(
+                range(starts[i], starts[i + 1]),
+                int(contexts[i]),
+                tables[i : i + 1],
+                block_size,
+                window,
+                heads,
+                streams,
+            )
+        ),
+    ]
+    _spread(spans, streams)
+    return spans
 
+
+def _decoding(
+    starts, contexts, tables, block_size: int, window: int | None, num_decoding: int, streams: int
+) -> Iterator[Span]:
+    """Spans of the sequences with a single row."""
     first = _first_readable(contexts[:num_decoding] - 1, block_size, window)
     blocks = -(-(contexts[:num_decoding] - first) // block_size)
     for begin, end, width in _buckets(blocks, streams):
@@ -87,25 +117,33 @@ def plan(
         readable = (keys < ends) if window is None else (keys < ends) & (keys >= ends - window)
         mask = None if readable.all() else mx.array(readable[:, None, None, :])
         rows = slice(int(starts[begin]), int(starts[end]))
-        spans.append(Span(rows, mx.array(taken), mask, readable.shape[1]))
+        yield Span(rows, mx.array(taken), slice(0, readable.shape[1]), mask)
 
-    for i in range(num_decoding, len(lengths)):
-        before = int(contexts[i] - lengths[i])
-        for begin, end in _pieces(int(lengths[i]), int(contexts[i]), streams):
-            q = np.arange(before + begin, before + end)
-            first_key = int(_first_readable(q[0], block_size, window))
-            last_block = -(-(before + end) // block_size)
-            mask: mx.array | str = "causal"
-            if window is not None and before + end > window:
-                k = np.arange(first_key, before + end)
-                mask = mx.array((k <= q[:, None]) & (k > q[:, None] - window))[None, None]
-            rows = slice(int(starts[i]) + begin, int(starts[i]) + end)
-            taken = tables[i : i + 1, first_key // block_size : last_block]
-            keys = before + end - first_key
-            spans.append(Span(rows, mx.array(taken), mask, keys, is_chunk=True))
 
-    _spread(spans, streams)
-    return spans
+def _chunk_pieces(
+    rows: range,
+    context: int,
+    table: np.ndarray,
+    block_size: int,
+    window: int | None,
+    heads: int,
+    streams: int,
+) -> Iterator[Span]:
+    """Spans of one sequence's rows, its last ones. They read parts of the same blocks, which are
+    gathered once."""
+    before = context - len(rows)
+    base = int(_first_readable(before, block_size, window))
+    blocks = mx.array(table[:, base // block_size : -(-context // block_size)])
+    for begin, end in _pieces(len(rows), context, heads, streams):
+        q = np.arange(before + begin, before + end)
+        first_key = int(_first_readable(q[0], block_size, window))
+        mask: mx.array | str = "causal"
+        if window is not None and before + end > window:
+            k = np.arange(first_key, before + end)
+            mask = mx.array((k <= q[:, None]) & (k > q[:, None] - window))[None, None]
+        keys = slice(first_key - base, before + end - base)
+        own_rows = slice(int(rows[begin]), int(rows[end - 1]) + 1)
+        yield Span(own_rows, blocks, keys, mask, is_chunk=True)
 
 
 def _first_readable(positions, block_size: int, window: int | None):
@@ -129,10 +167,11 @@ def _buckets(blocks: np.ndarray, streams: int) -> list[tuple[int, int, int]]:
     return [*buckets, (begin, len(blocks), width)] if len(blocks) else []
 
 
-def _pieces(rows: int, keys: int, streams: int) -> list[tuple[int, int]]:
+def _pieces(rows: int, keys: int, heads: int, streams: int) -> list[tuple[int, int]]:
     """Cuts a chunk's rows where its scores would be too many at once, and for the streams."""
-    count = -(-rows * keys // MAX_SCORES)
-    if streams > 1 and rows * keys > MAX_SCORES // 16:
+    scores = rows * keys * heads
+    count = -(-scores // MAX_SCORES)
+    if streams > 1 and scores > MAX_SCORES // 8:
         # Later rows have more keys: two pieces each, the first with the last, even it out.
         count = max(count, 2 * streams)
     cuts = np.linspace(0, rows, min(count, rows) + 1).astype(int).tolist()
@@ -142,13 +181,9 @@ def _pieces(rows: int, keys: int, streams: int) -> list[tuple[int, int]]:
 def _spread(spans: list[Span], streams: int) -> None:
     """Gives each span, the most costly first, to the stream that has the least to do."""
     load = [0] * streams
-    for span in sorted(spans, key=_cost, reverse=True):
+    for span in sorted(spans, key=lambda span: span.cost, reverse=True):
         span.stream = load.index(min(load))
-        load[span.stream] += _cost(span)
-
-
-def _cost(span: Span) -> int:
-    return (span.rows.stop - span.rows.start) * span.num_keys
+        load[span.stream] += span.cost
 
 
 @cache
@@ -162,11 +197,18 @@ def _streams() -> list:
     return [None, *others]
 
 
-def write(pool: mx.array, rows: mx.array, blocks: mx.array, offsets: mx.array) -> mx.array:
+def write(
+    pool: mx.array, rows: mx.array, blocks: mx.array, offsets: mx.array, begun: mx.array | None
+) -> mx.array:
     """The pool with `rows` (T, kv_heads, head_dim) at `offsets` (T,) of `blocks` (T,).
+
+    `begun` (B,) are the blocks that get their first row but not all of them. The rest of them is
+    zeroed: what the last owner left there is masked, but a weight of zero doesn't hide a NaN.
 
     In place if nobody else holds `pool`: MLX then gives its memory to the result.
     """
+    if begun is not None:
+        pool[begun] = 0
     pool[blocks, :, offsets] = rows
     return pool
 
@@ -201,42 +243,40 @@ def paged_attention(
         (T, heads, value head_dim)
     """
     outputs = []
+    chunk, k, v = None, None, None  # the chunk whose K and V were gathered last
     for span in spans:
         rows = q[span.rows] if len(spans) > 1 else q
         stream = _streams()[span.stream]
         with mx.stream(stream) if stream else nullcontext():
-            outputs.append(_attend(rows, k_pool, v_pool, span, scale, sinks))
+            if not span.is_chunk:
+                outputs.append(_decode(rows, k_pool, v_pool, span, scale, sinks))
+                continue
+            if span.tables is not chunk:
+                chunk, k, v = span.tables, *_gathered(k_pool, v_pool, span)
+            outputs.append(_attend_piece(rows, k, v, span, scale, sinks))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
 
-def _attend(q, k_pool, v_pool, span, scale, sinks):
-    if span.is_chunk:
-        return _chunk(q, k_pool, v_pool, span, scale, sinks)
-    all_float32 = q.dtype == k_pool.dtype == v_pool.dtype == mx.float32
-    if all_float32 and mx.default_device() == mx.cpu:
-        return _decode_where_blocks_lie(q, k_pool, v_pool, span, scale, sinks)
-    return _decode(q, k_pool, v_pool, span, scale, sinks)
-
-
-def _chunk(q, k_pool, v_pool, span, scale, sinks):
-    """q: (C, heads, head_dim), the last C positions of one sequence"""
+def _gathered(k_pool, v_pool, span):
     indices = span.head_indices(k_pool.shape[1])
-    out = _dense_attention(
-        q.swapaxes(0, 1)[None],
-        gather(k_pool, indices)[:, :, : span.num_keys],
-        gather(v_pool, indices)[:, :, : span.num_keys],
-        scale=scale,
-        mask=span.mask,
-        sinks=sinks,
-    )
+    return gather(k_pool, indices), gather(v_pool, indices)
+
+
+def _attend_piece(q, k, v, span, scale, sinks):
+    """q: (C, heads, head_dim), the last C of `span.keys`, which k and v hold among others"""
+    k, v = k[:, :, span.keys], v[:, :, span.keys]
+    q = q.swapaxes(0, 1)[None]
+    out = _dense_attention(q, k, v, scale=scale, mask=span.mask, sinks=sinks)
     return out[0].swapaxes(0, 1)
 
 
 def _decode(q, k_pool, v_pool, span, scale, sinks):
     """q: (S, heads, head_dim), the last position of each of S sequences"""
+    all_float32 = q.dtype == k_pool.dtype == v_pool.dtype == mx.float32
+    if all_float32 and mx.default_device() == mx.cpu:
+        return _decode_where_blocks_lie(q, k_pool, v_pool, span, scale, sinks)
     rows, heads, _ = q.shape
-    indices = span.head_indices(k_pool.shape[1])
-    k, v = gather(k_pool, indices), gather(v_pool, indices)
+    k, v = _gathered(k_pool, v_pool, span)
     out = _dense_attention(q[:, :, None], k, v, scale=scale, mask=span.mask, sinks=sinks)
     return out.reshape(rows, heads, -1)
 

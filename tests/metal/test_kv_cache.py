@@ -60,7 +60,7 @@ WINDOWED = LayerSpec(20, 3, 8, 8, mx.float32)
 # -- writing --
 
 
-def test_rows_land_in_their_slots_and_nowhere_else():
+def test_rows_land_in_their_slots_and_clear_the_rest_of_a_block_that_they_begin():
     rng = np.random.default_rng(0)
     cache = filled(rng, [FULL, WINDOWED, FULL], [40, 30])
     step = rows(SEQUENCES, [tables(rng, SEQUENCES, 40), tables(rng, SEQUENCES, 30)])
@@ -71,6 +71,9 @@ def test_rows_land_in_their_slots_and_nowhere_else():
         for pool, head_dim in (("k", layer.spec.k_head_dim), ("v", layer.spec.v_head_dim)):
             expected = np.array(getattr(layer, pool))
             new = rng.standard_normal((len(owners), layer.spec.kv_heads, 1, head_dim))
+            table = step.block_tables[group]
+            begun = [table[0, 0], table[2, 1], table[4, 0]]  # of the contexts 1, 17 and 5
+            expected[begun] = 0
             for i, (owner, position) in enumerate(zip(owners, step.positions, strict=True)):
                 block = step.block_tables[group][owner, position // BLOCK_SIZE]
                 expected[block, :, position % BLOCK_SIZE] = new[i, :, 0]
@@ -97,6 +100,24 @@ def test_layers_of_one_window_share_a_group_and_keep_pools_of_their_own():
         (blocks + 1) * BLOCK_SIZE * spec.bytes_per_token
         for blocks, spec in zip([5, 7, 5, 7], specs, strict=True)
     )
+
+
+@pytest.mark.parametrize("family, dtype", [("gpt_oss", mx.float32), ("gemma3_text", mx.float16)])
+def test_what_a_freed_block_holds_never_reaches_its_next_owner(family, dtype):
+    """Not even a NaN, which a weight of zero would let through."""
+    model = tiny_models.make(family, dtype=dtype)
+    prompts = [[7], list(range(15)), list(range(100))]
+    params = SamplingParams(temperature=0, max_tokens=40, logprobs=0)
+    outputs = []
+    for garbage in (0, np.nan):
+        engine = serving.engine(model, num_blocks=40, max_num_batched_tokens=64)
+        for layer in model.cache.layers:
+            layer.k[1:] = garbage
+            layer.v[1:] = garbage
+        outputs.append(serving.serve(engine, prompts, params))
+    for clean, dirty in zip(*outputs, strict=True):
+        assert dirty.token_ids == clean.token_ids
+        assert dirty.logprobs == clean.logprobs
 
 
 def test_a_row_without_a_block_is_an_error_and_not_a_write():

@@ -121,6 +121,7 @@ def paged(case: Case, dtype=mx.float32, **changes) -> np.ndarray:
         "tables": case.tables,
         "block_size": case.block_size,
         "window": case.window,
+        "heads": case.q.shape[1],
     }
     spans = reference.plan(**arguments | changes)
     covered = [row for span in spans for row in range(span.rows.start, span.rows.stop)]
@@ -190,10 +191,20 @@ def test_a_chunk_with_too_many_scores_is_cut(monkeypatch, window, pieces):
     for chunk in [(70, 70), (70, 33), (33, 2), (17, 17)]:
         case = make(rng, [(5, 1), chunk], window=window, heads=(2, 3, 32, 16))
         context, rows = chunk
-        monkeypatch.setattr(reference, "MAX_SCORES", -(-rows * context // pieces))
-        spans = reference.plan(case.starts, case.contexts, case.tables, 16, window)
+        monkeypatch.setattr(reference, "MAX_SCORES", -(-rows * context * 6 // pieces))
+        spans = reference.plan(case.starts, case.contexts, case.tables, 16, window, heads=6)
         assert len(spans) - 1 >= min(pieces, rows)
         assert_as_defined(case)
+
+
+@pytest.mark.parametrize("window", [None, 13])
+def test_the_pieces_of_a_chunk_share_what_they_gather(monkeypatch, window):
+    monkeypatch.setattr(reference, "MAX_SCORES", 300)
+    gather, gathered = reference.gather, []
+    monkeypatch.setattr(reference, "gather", lambda *of: gathered.append(of) or gather(*of))
+    case = make(np.random.default_rng(0), [(70, 70), (40, 21)], window=window, heads=(2, 3, 32, 16))
+    assert_as_defined(case)
+    assert len(gathered) == 4, "K and V of each of the two chunks"
 
 
 @pytest.mark.parametrize("window", [None, 30])
@@ -201,11 +212,12 @@ def test_a_chunk_with_too_many_scores_is_cut(monkeypatch, window, pieces):
 def test_attention_spread_over_streams_is_the_same(monkeypatch, count, window):
     streams = [None, *(mx.new_thread_local_stream(mx.cpu) for _ in range(count - 1))]
     monkeypatch.setattr(reference, "_streams", lambda: streams)
-    monkeypatch.setattr(reference, "MAX_SCORES", 2000)
+    monkeypatch.setattr(reference, "MAX_SCORES", 8000)
     rng = np.random.default_rng(count)
     for _ in range(5):
         case = make(rng, [*sequences(rng, "mixed", 16), *[(200, 1)] * 4], window=window)
-        spans = reference.plan(case.starts, case.contexts, case.tables, 16, window)
+        heads = case.q.shape[1]
+        spans = reference.plan(case.starts, case.contexts, case.tables, 16, window, heads)
         assert {span.stream for span in spans} == set(range(count))
         assert_as_defined(case)
 
@@ -235,7 +247,7 @@ def test_queries_of_another_dtype_do_not_cost_a_copy_of_the_pool():
         mx.concatenate([mx.array(pool).astype(mx.float16), blocks])
         for pool in (case.k_pool, case.v_pool)
     )
-    spans = reference.plan(case.starts, case.contexts, case.tables, 16, None)
+    spans = reference.plan(case.starts, case.contexts, case.tables, 16, None, heads=4)
     q = mx.array(case.q.astype(np.float32))
     mx.eval(q, k_pool, v_pool)
     mx.clear_cache()
@@ -249,7 +261,7 @@ def test_queries_of_another_dtype_do_not_cost_a_copy_of_the_pool():
 def test_decoding_sequences_of_very_different_length_share_no_padding_to_speak_of():
     lengths = np.array(sorted([1, 5, 16, 17, 40, 64, 300, 301, 5000, 20_000]), np.int32)
     tables = np.ones((len(lengths), 20_000 // 16), np.int32)
-    spans = reference.plan(np.arange(len(lengths) + 1), lengths, tables, 16, None)
+    spans = reference.plan(np.arange(len(lengths) + 1), lengths, tables, 16, None, heads=6)
     read = sum(span.tables.size for span in spans)
     assert read <= sum(-(-n // 16) for n in lengths.tolist()) + 64 * len(spans)
     assert 1 < len(spans) < len(lengths)

@@ -62,11 +62,12 @@ plan = reference.plan
 def planned(**changes):
     """`plan` with some of its arguments changed by functions of them all."""
 
-    def changed(starts, contexts, tables, block_size, window):
+    def changed(starts, contexts, tables, block_size, window, heads):
         given = {
             "starts": starts,
             "contexts": contexts,
             "tables": tables,
+            "heads": heads,
             "block_size": block_size,
             "window": window,
         }
@@ -118,10 +119,10 @@ def test_somebody_elses_table_is_stopped(monkeypatch, family, dtype):
 def test_one_forgotten_position_is_stopped(monkeypatch, which, family, dtype):
     """The first, the last but one, a row's own and the middle one, of 3 to 64 that a row reads."""
 
-    def forgetful(starts, contexts, tables, block_size, window):
-        spans = plan(starts, contexts, tables, block_size, window)
+    def forgetful(starts, contexts, tables, block_size, window, heads):
+        spans = plan(starts, contexts, tables, block_size, window, heads)
         for span in spans:
-            rows, keys = span.rows.stop - span.rows.start, span.num_keys
+            rows, keys = span.rows.stop - span.rows.start, span.keys.stop - span.keys.start
             mask = np.array(span.mask) if isinstance(span.mask, mx.array) else None
             if mask is None and span.mask == "causal":
                 mask = (np.arange(keys) <= np.arange(keys - rows, keys)[:, None])[None, None]
@@ -191,7 +192,9 @@ def test_rows_in_the_wrong_slot_are_stopped(monkeypatch, off):
     monkeypatch.setattr(
         reference,
         "write",
-        lambda pool, rows, blocks, offsets: write(pool, rows, blocks, (offsets + off) % 16),
+        lambda pool, rows, blocks, offsets, begun: write(
+            pool, rows, blocks, (offsets + off) % 16, begun
+        ),
     )
     assert refused("llama")
 
