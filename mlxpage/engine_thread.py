@@ -41,10 +41,10 @@ class EngineThread:
             name="mlxpage-engine",
             daemon=True,
         )
-        self._thread.start()
         # Runs when this object goes or the interpreter ends, whichever comes first.
         self.close = weakref.finalize(self, _stop, self._thread, self._inbox, closing)
-        try:
+        try:  # Ctrl-C may come at any moment from here on
+            self._thread.start()
             self.engine = ready.result()
         except BaseException:
             self.close()
@@ -72,8 +72,8 @@ class EngineThread:
 def _stop(thread: threading.Thread, inbox: queue.SimpleQueue, closing: threading.Event) -> None:
     closing.set()
     inbox.put(None)
-    # The garbage collector may call this on any thread.
-    if thread is not threading.current_thread():
+    # The garbage collector may call this on any thread, Ctrl-C before the thread has begun.
+    if thread.is_alive() and thread is not threading.current_thread():
         thread.join()
 
 
