@@ -8,7 +8,8 @@ from itertools import chain
 
 import numpy as np
 
-from mlxpage.kv_cache import Rows
+from mlxpage.backend import mx
+from mlxpage.layout import Rows
 from mlxpage.sampler import Choices, Penalties
 from mlxpage.scheduler import Schedule, Scheduled
 from mlxpage.sequence import Sequence
@@ -27,15 +28,24 @@ class Batch:
     scoring: list[tuple[Sequence, int]]  # (sequence, position of the prompt token that is scored)
 
     @staticmethod
-    def of(schedule: Schedule, block_size: int) -> Batch:
-        """Sorts the schedule's parts, so that its order is the order of the rows."""
+    def of(
+        schedule: Schedule,
+        block_size: int,
+        last: Batch | None = None,
+        last_tokens: mx.array | None = None,
+    ) -> Batch:
+        """Sorts the schedule's parts, so that its order is the order of the rows.
+
+        `last` is the batch in flight, if there is one: tokens that nobody has read yet come from
+        its `last_tokens`, on the device.
+        """
         parts = schedule.scheduled
         parts.sort(key=lambda part: (part.num_tokens > 1, part.start + part.num_tokens))
         counts = np.array([part.num_tokens for part in parts])
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         first = np.array([part.start for part in parts])
 
-        sampling = [part.seq for part in parts if part.samples]
+        sampled = [part for part in parts if part.samples]
         sample_rows = [starts[i + 1] - 1 for i, part in enumerate(parts) if part.samples]
         scoring = [
             (part.seq, position, starts[i] + position - 1 - part.start)
@@ -43,7 +53,7 @@ class Batch:
             for position in _scored_positions(part)
         ]
         rows = Rows(
-            tokens=np.fromiter(_tokens(parts), np.int32, starts[-1]),
+            tokens=_tokens(parts, starts, last, last_tokens),
             positions=(np.arange(starts[-1]) + np.repeat(first - starts[:-1], counts)).astype(
                 np.int32
             ),
@@ -55,15 +65,42 @@ class Batch:
             ],
             sample_rows=np.array([*sample_rows, *(row for _, _, row in scoring)], np.int32),
         )
-        return Batch(rows, sampling, _choices(sampling), [(s, p) for s, p, _ in scoring])
+        sampling = [part.seq for part in sampled]
+        return Batch(rows, sampling, _choices(sampled), [(s, p) for s, p, _ in scoring])
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether any of its sequences needs to know its tokens before it chooses the next."""
+        return any(seq.params.counts_tokens for seq in self.sampling)
+
+    @property
+    def scored_tokens(self) -> list[int]:
+        """The prompt tokens whose log-probabilities are wanted."""
+        return [seq.token_ids[position] for seq, position in self.scoring]
 
 
-def _tokens(parts: list[Scheduled]):
+def _tokens(
+    parts: list[Scheduled], starts: np.ndarray, last: Batch | None, last_tokens: mx.array | None
+) -> np.ndarray | mx.array:
+    known: list[int] = []
+    unread = []  # rows whose token was sampled by the last step and nobody has read yet
     for part in parts:
-        if part.num_tokens == 1:
-            yield part.seq.token_ids[part.start]
+        tokens = part.seq.token_ids
+        if part.start < len(tokens):
+            known += tokens[part.start : part.start + part.num_tokens]
         else:
-            yield from part.seq.token_ids[part.start : part.start + part.num_tokens]
+            unread.append((len(known), part.seq))
+            known.append(0)
+    tokens = np.array(known, np.int32)
+    if not unread:
+        return tokens
+    places = {seq.id: place for place, seq in enumerate(last.sampling)}
+    sources = np.arange(len(places), len(places) + len(tokens), dtype=np.int32)
+    for row, seq in unread:
+        sources[row] = places[seq.id]
+    if np.array_equal(sources, np.arange(len(places))):
+        return last_tokens
+    return mx.concatenate([last_tokens, mx.array(tokens)])[mx.array(sources)]
 
 
 def _scored_positions(part: Scheduled) -> range:
@@ -81,8 +118,8 @@ def _padded(tables: list[list[int]]) -> np.ndarray:
     return padded
 
 
-def _choices(sequences: list[Sequence]) -> Choices:
-    params = [seq.params for seq in sequences]
+def _choices(parts: list[Scheduled]) -> Choices:
+    params = [part.seq.params for part in parts]
     mask = 2**64 - 1
     return Choices(
         temperature=np.array([p.temperature for p in params], np.float32),
@@ -90,13 +127,13 @@ def _choices(sequences: list[Sequence]) -> Choices:
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
         seeds=np.array([p.seed & mask for p in params], np.uint64),
-        positions=np.array([seq.num_output_tokens for seq in sequences], np.uint64),
-        penalties=_penalties(sequences),
+        positions=np.array([part.num_output_tokens for part in parts], np.uint64),
+        penalties=_penalties(parts),
     )
 
 
-def _penalties(sequences: list[Sequence]) -> Penalties | None:
-    edits = [(row, *edit) for row, seq in enumerate(sequences) for edit in _edits(seq)]
+def _penalties(parts: list[Scheduled]) -> Penalties | None:
+    edits = [(row, *edit) for row, part in enumerate(parts) for edit in _edits(part)]
     if not edits:
         return None
     rows, tokens, repetition, added = zip(*edits, strict=True)
@@ -108,9 +145,9 @@ def _penalties(sequences: list[Sequence]) -> Penalties | None:
     )
 
 
-def _edits(seq: Sequence):
+def _edits(part: Scheduled):
     """(token, repetition factor, addend) of each logit that the sequence's params change."""
-    params = seq.params
+    seq, params = part.seq, part.seq.params
     repetition: dict[int, float] = {}
     added: Counter[int] = Counter(params.logit_bias or {})
     if params.repetition_penalty != 1:
@@ -118,7 +155,7 @@ def _edits(seq: Sequence):
     if params.presence_penalty or params.frequency_penalty:
         for token, count in Counter(seq.output_token_ids).items():
             added[token] -= params.presence_penalty + params.frequency_penalty * count
-    if seq.num_output_tokens < params.min_tokens:
+    if part.num_output_tokens < params.min_tokens:
         for token in seq.stop_token_ids:
             added[token] = float("-inf")
     for token in repetition.keys() | added.keys():

@@ -129,7 +129,7 @@ _engine_options = _options(
     click.option("--memory", help="Budget for weights, pool and scratch: 4GB or 50%."),
     click.option("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
     click.option("--block-size", type=int, default=16, show_default=True, help="16 or 32 tokens."),
-    click.option("--backend", help="Only 'reference' so far."),
+    click.option("--backend", help="metal, cuda or reference; else the best there is."),
     click.option("--dtype", help="float32, float16 or bfloat16."),
 )
 

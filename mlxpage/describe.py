@@ -8,9 +8,9 @@ from importlib.metadata import version
 from typing import Any
 
 import mlxpage
+from mlxpage import choice, model_store
 from mlxpage import memory as sizing
 from mlxpage import model as models
-from mlxpage import model_store
 from mlxpage.backend import BLAS, device
 from mlxpage.kv_cache import windows
 from mlxpage.llm import check_options
@@ -18,14 +18,14 @@ from mlxpage.llm import check_options
 
 def machine() -> dict[str, Any]:
     """Versions, device and memory."""
-    here = device()
+    here, backend = device(), choice.wanted()
     facts = {
         "mlxpage": mlxpage.__version__,
         "mlx": version("mlx"),
         "mlx-lm": version("mlx-lm"),
         "device": f"{here.kind} ({here.name})",
         "memory": sizing.gigabytes(here.memory),
-        "backend": "reference",
+        "backend": f"{backend.name} ({backend.why})",
         "cache folder": str(model_store.cache_dir()),
     }
     if here.kind == "cpu":

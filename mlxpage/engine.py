@@ -14,6 +14,7 @@ from mlxpage.backend import mx
 from mlxpage.batch import Batch
 from mlxpage.block_pool import BlockPool
 from mlxpage.cache_group import CacheGroup
+from mlxpage.choice import REFERENCE, Backend
 from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
 from mlxpage.kv_cache import KVCache
 from mlxpage.memory import Plan
@@ -54,12 +55,14 @@ class Request:
 
 
 @dataclass(slots=True)
-class Computed:
-    """What a step gives back to Python."""
+class Started:
+    """A step that is being computed: its plan, and its results as arrays."""
 
-    tokens: list[int]  # one for each of `Batch.sampling`
-    logprobs: list[TokenLogprobs]  # likewise, if any of them asked
-    prompt_logprobs: list[TokenLogprobs]  # one for each of `Batch.scoring`
+    schedule: Schedule
+    batch: Batch
+    tokens: mx.array  # (S,) one for each of `Batch.sampling`
+    logprobs: tuple  # of those tokens, as `sampler.logprobs` gives them, if anyone asked
+    prompt_logprobs: tuple  # likewise, of `Batch.scoring`
 
 
 class Engine:
@@ -76,8 +79,10 @@ class Engine:
         max_num_batched_tokens: int = 512,
         defaults: dict[str, Any] | None = None,
         seed: int | None = None,
+        backend: Backend = REFERENCE,
     ):
         self.model = model
+        self.backend = backend
         self.tokenizer = tokenizer
         self.plan = plan
         self._vocab_size = model.vocab_size
@@ -96,6 +101,8 @@ class Engine:
             groups, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
         self._requests: dict[int, Request] = {}
+        self._in_flight: list[Started] = []
+        """Steps whose results nobody has read yet, oldest first."""
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._counts = {"steps": 0, "prompt_tokens": 0, "output_tokens": 0, "failed_steps": 0}
@@ -181,30 +188,46 @@ class Engine:
 
     def close(self) -> None:
         """Gives the memory of weights and pool back."""
+        mx.synchronize()
+        self._in_flight.clear()
         self.model = None
         mx.clear_cache()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def step(self) -> None:
-        """One turn of the crank. Whatever fails in it fails the requests of this step only."""
+        """One turn of the crank: starts a step, and hands out what the one before it gave.
+
+        The next step is planned and dispatched before the tokens of the last are read, so that a
+        GPU never waits for Python. Whatever fails in a step fails its own requests only.
+        """
+        if any(started.batch.has_penalties for started in self._in_flight):
+            self._collect_all()  # penalties count tokens that Python must know
         schedule = self.scheduler.schedule()
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
-        self._note_start(schedule)
-        try:
-            batch = Batch.of(schedule, self.plan.block_size)
-            computed = self._compute(batch)
-            self._record(schedule, batch, computed)
-        except Exception as error:
-            self._fail(schedule, error)
+        ahead = 0
+        if schedule:
+            self._note_start(schedule)
+            try:
+                self._in_flight.append(self._start(schedule))
+            except Exception as error:
+                self._collect_all()
+                self._fail([schedule], error)
+            ahead = self.backend.ops.LOOK_AHEAD
+        while len(self._in_flight) > ahead:
+            self._collect()
 
     # -- compute --
 
-    def _compute(self, batch: Batch) -> Computed:
+    def _start(self, schedule: Schedule) -> Started:
         if self.model.cache is None:
             self._new_pool()
+        last = self._in_flight[-1] if self._in_flight else None
+        batch = Batch.of(
+            schedule, self.plan.block_size, *((last.batch, last.tokens) if last else ())
+        )
         logits = self.model(batch.rows)
         num_sampled = len(batch.sampling)
         tokens = mx.zeros(0, mx.int32)
@@ -214,20 +237,17 @@ class Engine:
             if (top := _most_logprobs(seq.params.logprobs for seq in batch.sampling)) is not None:
                 chosen = logprobs(logits[:num_sampled], tokens, top)
         if batch.scoring:
-            targets = [seq.token_ids[position] for seq, position in batch.scoring]
+            targets = mx.array(batch.scored_tokens)
             top = _most_logprobs(seq.params.prompt_logprobs for seq, _ in batch.scoring)
-            scored = logprobs(logits[num_sampled:], mx.array(targets), top)
+            scored = logprobs(logits[num_sampled:], targets, top)
         # The pools too: a write that nobody reads must happen all the same.
-        mx.eval(tokens, chosen, scored, self.model.cache.arrays())
-        tokens = tokens.tolist()
-        return Computed(
-            tokens,
-            _as_logprobs(tokens, chosen),
-            _as_logprobs(targets, scored) if batch.scoring else [],
-        )
+        results = tokens, chosen, scored, self.model.cache.written()
+        (mx.async_eval if self.backend.ops.LOOK_AHEAD else mx.eval)(*results)
+        return Started(schedule, batch, tokens, chosen, scored)
 
     def _new_pool(self) -> None:
-        self.model.bind(KVCache(self.model.specs, self.plan.num_blocks, self.plan.block_size))
+        sizes = self.plan.num_blocks, self.plan.block_size
+        self.model.bind(KVCache(self.model.specs, *sizes, self.backend.ops))
 
     def _note_start(self, schedule: Schedule) -> None:
         now = time.perf_counter()
@@ -237,34 +257,52 @@ class Engine:
 
     # -- results --
 
-    def _record(self, schedule: Schedule, batch: Batch, computed: Computed) -> None:
+    def _collect_all(self) -> None:
+        while self._in_flight:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Reads the results of the oldest step in flight and hands them out."""
+        started = self._in_flight.pop(0)
+        try:
+            self._record(started)
+        except Exception as error:
+            later = [started.schedule for started in self._in_flight]
+            self._in_flight.clear()
+            self._fail([started.schedule, *later], error)
+
+    def _record(self, started: Started) -> None:
+        batch = started.batch
+        tokens = started.tokens.tolist()
         now = time.perf_counter()
         self._counts["steps"] += 1
-        self._fail_broken(batch.sampling, computed.tokens)
-        for (seq, position), entry in zip(batch.scoring, computed.prompt_logprobs, strict=True):
+        self._fail_broken(batch.sampling, tokens)
+        scored = _as_logprobs(batch.scored_tokens, started.prompt_logprobs)
+        for (seq, position), entry in zip(batch.scoring, scored, strict=True):
             request = self._requests.get(seq.id)
             # A preempted prompt is computed again.
             if request and position == len(request.prompt_logprobs):
                 request.prompt_logprobs.append(_first(entry, seq.params.prompt_logprobs))
-        if computed.logprobs:
-            for seq, entry in zip(batch.sampling, computed.logprobs, strict=True):
+        if started.logprobs:
+            chosen = _as_logprobs(tokens, started.logprobs)
+            for seq, entry in zip(batch.sampling, chosen, strict=True):
                 request = self._requests.get(seq.id)
                 if request and seq.params.logprobs is not None:
                     request.logprobs.append(_first(entry, seq.params.logprobs))
-        for seq, token in self.scheduler.update(schedule, computed.tokens):
+        for seq, token in self.scheduler.update(started.schedule, tokens):
             self._hand_out(self._requests[seq.id], token, now)
 
     def _fail_broken(self, sampling: list[Sequence], tokens: list[int]) -> None:
         """Fails the requests that got no token because their logits were not finite."""
         for seq, token in zip(sampling, tokens, strict=True):
-            if token < 0:
+            if token < 0 and (request := self._requests.get(seq.id)):
                 dtype = str(self.model.logits_dtype).removeprefix("mlx.core.")
                 error = EngineError(
                     f"the model's logits are not finite after {len(seq.token_ids):,} tokens; "
                     f"computed in {dtype}. Its numbers may pass that type's range: try "
                     "dtype='bfloat16' or 'float32'."
                 )
-                self._finish(self._requests[seq.id], "abort", error=error)
+                self._finish(request, "abort", error=error)
 
     def _hand_out(self, request: Request, token: int, now: float) -> None:
         seq = request.seq
@@ -300,8 +338,8 @@ class Engine:
         output = request.output()
         request.on_event(StreamEvent(text, token_ids or [], seq.finish_reason, output, error))
 
-    def _fail(self, schedule: Schedule, error: Exception) -> None:
-        """Fails the requests of a step that raised, and drops the pool, which the next step makes
+    def _fail(self, schedules: list[Schedule], error: Exception) -> None:
+        """Fails the requests of steps that raised, and drops the pool, which the next step makes
         anew: its arrays may be unusable. Everyone else computes again."""
         self._counts["failed_steps"] += 1
         failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
@@ -310,7 +348,7 @@ class Engine:
         self.model.cache = None
         forget_locals(error)
         mx.clear_cache()
-        for part in schedule.scheduled:
+        for part in (part for schedule in schedules for part in schedule.scheduled):
             if request := self._requests.get(part.seq.id):
                 self._finish(request, "abort", error=failure)
 
@@ -331,6 +369,7 @@ class Engine:
                 "peak_used": self._peak_blocks,
             },
             "block_size": self.plan.block_size,
+            "backend": {"name": self.backend.name, "why": self.backend.why},
             "bytes": {
                 "budget": self.plan.budget,
                 "weights": self.plan.weights,

@@ -4,85 +4,17 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-
-import numpy as np
+from types import ModuleType
 
 from mlxpage import reference
 from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """What one layer keeps for each position."""
-
-    window: int | None
-    kv_heads: int
-    k_head_dim: int
-    v_head_dim: int
-    dtype: mx.Dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.kv_heads * (self.k_head_dim + self.v_head_dim) * self.dtype.size
-
-
-@dataclass(slots=True)
-class Rows:
-    """The tokens of one forward, of any number of sequences, as rows of length 1.
-
-    A sequence's rows stand side by side. Those of one row come first, shortest context first.
-    All arrays are NumPy int32.
-    """
-
-    tokens: np.ndarray  # (T,)
-    positions: np.ndarray  # (T,)
-    starts: np.ndarray  # (S + 1,) where each sequence's rows start
-    contexts: np.ndarray  # (S,) positions that exist after this forward
-    block_tables: list[np.ndarray]  # per cache group (S, M), padded with NULL_BLOCK
-    sample_rows: np.ndarray  # (R,) rows whose logits are wanted
-
-
-class GroupStep:
-    """What all layers of one cache group share in one forward."""
-
-    def __init__(self, rows: Rows, tables: np.ndarray, block_size: int, window: int | None):
-        self.window = window
-        self._rows = rows
-        self._tables = tables
-        self._block_size = block_size
-        self._spans: dict[tuple, list[reference.Span]] = {}
-        owners = np.repeat(np.arange(len(rows.contexts)), np.diff(rows.starts))
-        blocks = tables[owners, rows.positions // block_size]
-        assert blocks.all(), "a row has no block to be written to"
-        self.write_blocks = mx.array(blocks)  # (T,)
-        offsets = rows.positions % block_size
-        self.write_offsets = mx.array(offsets)  # (T,)
-        begun = np.setdiff1d(blocks[offsets == 0], blocks[offsets == block_size - 1])
-        self.begun_blocks = mx.array(begun) if len(begun) else None
-        # Lazy: evaluated only for a model that wants K, V or the mask as plain arrays.
-        self.row_tables = mx.take(mx.array(tables), mx.array(owners), axis=0)  # (T, M)
-
-    def spans(self, window: int | None, heads: int) -> list[reference.Span]:
-        """How the rows are attended by a layer that reads `window` positions."""
-        if (window, heads) not in self._spans:
-            rows = self._rows
-            self._spans[window, heads] = reference.plan(
-                rows.starts, rows.contexts, self._tables, self._block_size, window, heads
-            )
-        return self._spans[window, heads]
-
-    def row_mask(self, window: int | None) -> mx.array:
-        """(T, 1, 1, M * block_size) bool, lazy: what each row may read of its own table."""
-        keys = mx.arange(self._tables.shape[1] * self._block_size)
-        queries = mx.array(self._rows.positions)[:, None, None, None]
-        mask = keys <= queries
-        return mask if window is None else mask & (keys > queries - window)
+from mlxpage.layout import LayerSpec, Rows, Step
 
 
 @dataclass(frozen=True, slots=True)
 class MaskTag:
-    step: GroupStep
+    step: Step
     window: int | None
 
 
@@ -125,26 +57,26 @@ class Forward:
     back to the KVCache, a dropped pool would stay until Python's collector ran."""
 
     positions: mx.array | None = None  # (T,)
-    steps: list[GroupStep] = field(default_factory=list)  # one per cache group
+    steps: list[Step] = field(default_factory=list)  # one per cache group
+    after: mx.array | None = None
+    """What comes after every read of the forward before: no write may overtake it."""
 
 
 class LayerCache:
     """One layer's pool, in the shape of mlx-lm's cache protocol (`mlx_lm/models/cache.py`)."""
 
-    def __init__(
-        self, forward: Forward, spec: LayerSpec, group: int, num_blocks: int, block_size: int
-    ):
+    def __init__(self, forward: Forward, spec: LayerSpec, group: int, pool):
         self._forward = forward
         self._group = group
         self.spec = spec
-        shape = (num_blocks + 1, spec.kv_heads, block_size)
-        self.k = mx.zeros((*shape, spec.k_head_dim), spec.dtype)
-        self.v = mx.zeros((*shape, spec.v_head_dim), spec.dtype)
+        self.pool = pool
         self.num_attended = 0
         """Calls of the attention hook: every layer must go through it in every forward."""
+        self.attention: tuple | None = None
+        """How the model attends, as seen last: heads, dtype, window, scale, whether with sinks."""
 
     @property
-    def step(self) -> GroupStep:
+    def step(self) -> Step:
         return self._forward.steps[self._group]
 
     # -- what mlx-lm's models call --
@@ -166,19 +98,12 @@ class LayerCache:
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Writes the rows (T, kv_heads, 1, head_dim) and returns what they may read, tagged:
         (T, kv_heads, M * block_size, head_dim)."""
-        step = self.step
-        where = step.write_blocks, step.write_offsets, step.begun_blocks
-        self.k = reference.write(self.k, k.squeeze(2), *where)
-        self.v = reference.write(self.v, v.squeeze(2), *where)
+        self.pool.write(self.step, k, v, self._forward.after)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        heads = mx.arange(self.spec.kv_heads, dtype=mx.int32)[None, :, None]
-        indices = self.step.row_tables[:, None, :] * self.spec.kv_heads + heads
-        return (
-            Tagged.of(reference.gather(self.k, indices), self),
-            Tagged.of(reference.gather(self.v, indices), self),
-        )
+        k, v = self.pool.fetch(self.step)
+        return Tagged.of(k, self), Tagged.of(v, self)
 
     def is_trimmable(self) -> bool:
         return False
@@ -190,25 +115,33 @@ class LayerCache:
     ) -> mx.array:
         """q (T, heads, 1, head_dim) -> (T, heads, 1, value head_dim)"""
         self.num_attended += 1
-        spans = self.step.spans(window, q.shape[1])
-        out = reference.paged_attention(
-            q.squeeze(2), self.k, self.v, spans, scale=scale, sinks=sinks
-        )
-        return out[:, :, None]
+        self.attention = q.shape[1], q.dtype, window, scale, sinks is not None
+        return self.pool.attend(self.step, q, window, scale, sinks)
 
 
 class KVCache:
     """All layers' pools. Layers of the same window share block tables: they form a cache group."""
 
-    def __init__(self, specs: list[LayerSpec], num_blocks: list[int], block_size: int):
-        """`num_blocks` has one entry per cache group, in the order of `windows(specs)`."""
+    def __init__(
+        self,
+        specs: list[LayerSpec],
+        num_blocks: list[int],
+        block_size: int,
+        backend: ModuleType = reference,
+    ):
+        """`num_blocks` has one entry per cache group, in the order of `windows(specs)`. `backend`
+        is `reference` or `kernels`: its `Pool` holds a layer, its `Step` the metadata, and
+        `LOOK_AHEAD` says how many steps may be dispatched before the results of one are read."""
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.windows = windows(specs)
+        self._backend = backend
         self._forward = Forward()
         groups = [self.windows.index(spec.window) for spec in specs]
         self.layers = [
-            LayerCache(self._forward, spec, group, num_blocks[group], block_size)
+            LayerCache(
+                self._forward, spec, group, backend.Pool(spec, num_blocks[group], block_size)
+            )
             for spec, group in zip(specs, groups, strict=True)
         ]
         mx.eval(self.arrays())
@@ -221,12 +154,22 @@ class KVCache:
             assert known, "a table holds a block that the pool doesn't have"
         self._forward.positions = mx.array(rows.positions)
         self._forward.steps = [
-            GroupStep(rows, tables, self.block_size, window)
+            self._backend.Step(rows, tables, self.block_size, window)
             for tables, window in zip(rows.block_tables, self.windows, strict=True)
         ]
 
+    def end(self, after: mx.array) -> None:
+        """Tells what the forward comes to: an array that depends on all of its reads."""
+        if self._backend.LOOK_AHEAD:
+            self._forward.after = after
+
+    def written(self) -> list[mx.array]:
+        """What has to be evaluated in every step: a write that nobody asks for never runs."""
+        written = [array for layer in self.layers for array in layer.pool.written()]
+        return written if self._forward.after is None else [*written, self._forward.after]
+
     def arrays(self) -> list[mx.array]:
-        return [array for layer in self.layers for array in (layer.k, layer.v)]
+        return [array for layer in self.layers for array in layer.pool.arrays()]
 
     @property
     def nbytes(self) -> int:

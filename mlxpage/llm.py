@@ -33,7 +33,9 @@ class LLM:
         block_size: tokens in a block, 16 or 32.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed in a step; longer prompts come in chunks.
-        backend: "reference", the only one so far.
+        backend: "metal", "cuda" or "reference". None: MLXPAGE_BACKEND, or the kernels of this
+            machine's GPU, which check themselves when the model is loaded. Where they fail, the
+            reference serves, and `on_status` or a RuntimeWarning says so.
         dtype: "float32", "float16" or "bfloat16" for the weights; None as they are stored, on a
             CPU float32.
         seed: of the requests that bring none.
@@ -89,6 +91,8 @@ class LLM:
                 dtype=dtype,
                 seed=seed,
                 defaults=self.defaults,
+                backend=backend,
+                on_status=on_status,
                 on_loaded=on_loaded,
             )
         )
@@ -255,7 +259,7 @@ def check_options(
         raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
     _one_of("block_size", block_size, (16, 32))
     _one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
-    _one_of("backend", backend, (None, "reference"))
+    _one_of("backend", backend, (None, "metal", "cuda", "reference"))
     _integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
     _integer("max_num_seqs", max_num_seqs, least=1)
     if max_num_seqs > max_num_batched_tokens:
@@ -277,15 +281,17 @@ def _engine_maker(
     dtype: str | None,
     seed: int | None,
     defaults: dict[str, Any],
+    backend: str | None,
+    on_status: Callable[[str], None] | None,
     on_loaded: Callable[[int, int], None] | None,
 ) -> Callable[[threading.Event], Any]:
     """What the engine's thread runs first. It must not know the `LLM`: the thread would keep it,
     and never end."""
 
     def make(closing: threading.Event):
+        from mlxpage import choice
         from mlxpage import memory as sizing
         from mlxpage import model as models
-        from mlxpage import self_check
         from mlxpage.engine import Engine
         from mlxpage.text import Tokenizer
 
@@ -302,9 +308,10 @@ def _engine_maker(
         sizing.check_weights(folder, sizes["memory"])
         loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
         plan = sizing.plan(loaded, **sizes, **limits)
-        self_check.check(loaded, sizes["block_size"])
+        served = choice.checked(loaded, sizes["block_size"], backend, on_status)
         tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
-        return Engine(loaded, tokenizer, plan, defaults=defaults, seed=seed, **limits)
+        options = {"defaults": defaults, "seed": seed, "backend": served}
+        return Engine(loaded, tokenizer, plan, **options, **limits)
 
     return make
 

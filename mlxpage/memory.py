@@ -9,7 +9,8 @@ from pathlib import Path
 from mlxpage import reference
 from mlxpage.backend import device
 from mlxpage.errors import InvalidRequest, OutOfMemory
-from mlxpage.kv_cache import LayerSpec, windows
+from mlxpage.kv_cache import windows
+from mlxpage.layout import LayerSpec
 from mlxpage.model import Model
 
 DEFAULT_SHARE = 0.5

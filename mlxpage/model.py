@@ -13,7 +13,8 @@ import numpy as np
 from mlxpage import seam
 from mlxpage.backend import device, mlx_lm_utils, mx
 from mlxpage.errors import EngineError, InvalidModel, MlxpageError, UnsupportedModel
-from mlxpage.kv_cache import KVCache, LayerSpec, Rows
+from mlxpage.kv_cache import KVCache
+from mlxpage.layout import LayerSpec, Rows
 
 # What the families call the longest sequence they were trained for.
 _CONTEXT_KEYS = (
@@ -64,7 +65,7 @@ class Model:
     def __call__(self, rows: Rows) -> mx.array:
         """One forward: writes the rows' K and V, returns the logits (R, vocab) of `sample_rows`.
 
-        Lazy: the caller evaluates the logits together with `cache.arrays()`.
+        Lazy: the caller evaluates the logits together with `cache.written()`.
         """
         self.cache.begin(rows)
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
@@ -72,11 +73,13 @@ class Model:
         self._wanted.rows = mx.array(wanted)
         before = self._num_attended()
         try:
-            logits = self.module(mx.array(rows.tokens)[:, None], cache=self.cache.layers)
+            tokens = rows.tokens if isinstance(rows.tokens, mx.array) else mx.array(rows.tokens)
+            logits = self.module(tokens[:, None], cache=self.cache.layers)
+            self.cache.end(logits if self._wanted.hidden is None else self._wanted.hidden)
             if not self._gathers_rows:
                 logits = logits[self._wanted.rows]
         finally:
-            self._wanted.rows = None
+            self._wanted.rows = self._wanted.hidden = None
         self._check_hooked(self._num_attended() - before)
         return logits[: len(rows.sample_rows), -1]
 
@@ -217,6 +220,8 @@ class _WantedRows:
     other until Python's collector ran."""
 
     rows: mx.array | None = None
+    hidden: mx.array | None = None
+    """What the backbone gave, of all rows: it comes after all of the layers' reads."""
 
 
 def _gather_rows_of_backbone(module, wanted: _WantedRows) -> bool:
@@ -239,13 +244,15 @@ def _gather_rows_of_backbone(module, wanted: _WantedRows) -> bool:
 
     def __call__(self, *args, **kwargs):  # noqa: N807
         hidden = original.__call__(self, *args, **kwargs)
-        gathers = wanted.rows is not None and isinstance(hidden, mx.array)
-        return hidden[wanted.rows] if gathers else hidden
+        if wanted.rows is None or not isinstance(hidden, mx.array):
+            return hidden
+        wanted.hidden = hidden
+        return hidden[wanted.rows]
 
     backbone.__class__ = type(original.__name__, (original,), {"__call__": __call__})
     wanted.rows = mx.zeros(1, mx.int32)
     logits = module(mx.zeros((2, 1), mx.int32))
-    wanted.rows = None
+    wanted.rows = wanted.hidden = None
     if len(logits) == 1:
         return True
     backbone.__class__ = original

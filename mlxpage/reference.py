@@ -13,13 +13,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
+from mlxpage import layout
 from mlxpage.backend import mx
+from mlxpage.layout import LayerSpec, first_readable
 
 # MLX's own, taken before the seam puts its hook in this place.
-_dense_attention = mx.fast.scaled_dot_product_attention
+dense_attention = mx.fast.scaled_dot_product_attention
 
 # A call of its own costs a handful of operations per layer, about as much as reading this many
 # blocks: sequences are padded to their bucket's longest rather than split over more buckets.
@@ -86,8 +89,8 @@ def plan(
         *(
             span
             for i in range(num_decoding, len(contexts))
-            for span in _chunk_pieces(
-                range(starts[i], starts[i + 1]),
+            for span in _chunk(
+                range(int(starts[i]), int(starts[i + 1])),
                 int(contexts[i]),
                 tables[i : i + 1],
                 block_size,
@@ -105,7 +108,7 @@ def _decoding(
     starts, contexts, tables, block_size: int, window: int | None, num_decoding: int, streams: int
 ) -> Iterator[Span]:
     """Spans of the sequences with a single row."""
-    first = _first_readable(contexts[:num_decoding] - 1, block_size, window)
+    first = first_readable(contexts[:num_decoding] - 1, block_size, window)
     blocks = -(-(contexts[:num_decoding] - first) // block_size)
     for begin, end, width in _buckets(blocks, streams):
         # A sequence with fewer blocks than its bucket reads on past its own: masked.
@@ -120,7 +123,7 @@ def _decoding(
         yield Span(rows, mx.array(taken), slice(0, readable.shape[1]), mask)
 
 
-def _chunk_pieces(
+def _chunk(
     rows: range,
     context: int,
     table: np.ndarray,
@@ -131,26 +134,43 @@ def _chunk_pieces(
 ) -> Iterator[Span]:
     """Spans of one sequence's rows, its last ones. They read parts of the same blocks, which are
     gathered once."""
-    before = context - len(rows)
-    base = int(_first_readable(before, block_size, window))
+    scores = len(rows) * context * heads
+    count = -(-scores // MAX_SCORES)
+    if streams > 1 and scores > MAX_SCORES // 8:
+        # Later rows have more keys: two pieces each, the first with the last, even it out.
+        count = max(count, 2 * streams)
+    base = int(first_readable(context - len(rows), block_size, window))
     blocks = mx.array(table[:, base // block_size : -(-context // block_size)])
-    for begin, end in _pieces(len(rows), context, heads, streams):
-        q = np.arange(before + begin, before + end)
-        first_key = int(_first_readable(q[0], block_size, window))
-        mask: mx.array | str = "causal"
-        if window is not None and before + end > window:
-            k = np.arange(first_key, before + end)
-            mask = mx.array((k <= q[:, None]) & (k > q[:, None] - window))[None, None]
-        keys = slice(first_key - base, before + end - base)
-        own_rows = slice(int(rows[begin]), int(rows[end - 1]) + 1)
-        yield Span(own_rows, blocks, keys, mask, is_chunk=True)
+    for piece in pieces(len(rows), context, block_size, window, count):
+        own = slice(rows[0] + piece.rows.start, rows[0] + piece.rows.stop)
+        yield Span(own, blocks, piece.keys, piece.mask, is_chunk=True)
 
 
-def _first_readable(positions, block_size: int, window: int | None):
-    """The first position of the block where the window of each position begins."""
-    if window is None:
-        return np.zeros_like(positions)
-    return np.maximum(0, positions - window + 1) // block_size * block_size
+class Piece(NamedTuple):
+    """Some rows of a chunk, and the positions they read."""
+
+    rows: slice  # of the chunk
+    keys: slice  # of the positions from the first block on that the chunk reads
+    mask: mx.array | str  # (1, 1, rows, keys) bool, or "causal"
+
+
+def pieces(rows: int, context: int, block_size: int, window: int | None, count: int) -> list[Piece]:
+    """Cuts a chunk, the last `rows` positions of `context`, into `count` pieces, so that not all
+    of its scores exist at once."""
+    before = context - rows
+    base = int(first_readable(before, block_size, window))
+    cuts = np.linspace(0, rows, min(count, rows) + 1).astype(int).tolist()
+    return [_piece(begin, end, before, base, block_size, window) for begin, end in pairwise(cuts)]
+
+
+def _piece(begin, end, before, base, block_size, window) -> Piece:
+    q = np.arange(before + begin, before + end)
+    first = int(first_readable(q[0], block_size, window))
+    mask: mx.array | str = "causal"
+    if window is not None and before + end > window:
+        k = np.arange(first, before + end)
+        mask = mx.array((k <= q[:, None]) & (k > q[:, None] - window))[None, None]
+    return Piece(slice(begin, end), slice(first - base, before + end - base), mask)
 
 
 def _buckets(blocks: np.ndarray, streams: int) -> list[tuple[int, int, int]]:
@@ -165,17 +185,6 @@ def _buckets(blocks: np.ndarray, streams: int) -> list[tuple[int, int, int]]:
             begin, total, width = i, 0, 0
         total, width = total + count, max(width, count)
     return [*buckets, (begin, len(blocks), width)] if len(blocks) else []
-
-
-def _pieces(rows: int, keys: int, heads: int, streams: int) -> list[tuple[int, int]]:
-    """Cuts a chunk's rows where its scores would be too many at once, and for the streams."""
-    scores = rows * keys * heads
-    count = -(-scores // MAX_SCORES)
-    if streams > 1 and scores > MAX_SCORES // 8:
-        # Later rows have more keys: two pieces each, the first with the last, even it out.
-        count = max(count, 2 * streams)
-    cuts = np.linspace(0, rows, min(count, rows) + 1).astype(int).tolist()
-    return list(pairwise(cuts))
 
 
 def _spread(spans: list[Span], streams: int) -> None:
@@ -266,7 +275,7 @@ def _attend_piece(q, k, v, span, scale, sinks):
     """q: (C, heads, head_dim), the last C of `span.keys`, which k and v hold among others"""
     k, v = k[:, :, span.keys], v[:, :, span.keys]
     q = q.swapaxes(0, 1)[None]
-    out = _dense_attention(q, k, v, scale=scale, mask=span.mask, sinks=sinks)
+    out = dense_attention(q, k, v, scale=scale, mask=span.mask, sinks=sinks)
     return out[0].swapaxes(0, 1)
 
 
@@ -277,7 +286,7 @@ def _decode(q, k_pool, v_pool, span, scale, sinks):
         return _decode_where_blocks_lie(q, k_pool, v_pool, span, scale, sinks)
     rows, heads, _ = q.shape
     k, v = _gathered(k_pool, v_pool, span)
-    out = _dense_attention(q[:, :, None], k, v, scale=scale, mask=span.mask, sinks=sinks)
+    out = dense_attention(q[:, :, None], k, v, scale=scale, mask=span.mask, sinks=sinks)
     return out.reshape(rows, heads, -1)
 
 
@@ -313,3 +322,67 @@ def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
     sinks = sinks.astype(scores.dtype).reshape(1, kv_heads, group, 1)
     sinks = mx.broadcast_to(sinks, (sequences, kv_heads, group, 1))
     return mx.softmax(mx.concatenate([scores, sinks], axis=-1), axis=-1)[..., :-1]
+
+
+# -- as a backend --
+
+# A step that is dispatched while the last one holds the pool would copy the pool.
+LOOK_AHEAD = 0
+
+
+class Step(layout.Step):
+    """Where the rows go, and how they are attended, made once for all layers of a cache group."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        offsets = self.rows.positions % self.block_size
+        begun = self.write_blocks[offsets == 0]
+        begun = np.setdiff1d(begun, self.write_blocks[offsets == self.block_size - 1])
+        self.slots = (
+            mx.array(self.write_blocks),
+            mx.array(offsets),
+            mx.array(begun) if len(begun) else None,
+        )
+        self._spans: dict[tuple, list[Span]] = {}
+
+    def spans(self, window: int | None, heads: int) -> list[Span]:
+        if (window, heads) not in self._spans:
+            rows = self.rows
+            self._spans[window, heads] = plan(
+                rows.starts, rows.contexts, self.tables, self.block_size, window, heads
+            )
+        return self._spans[window, heads]
+
+
+class Pool:
+    """The blocks of one layer, as MLX arrays that each write replaces by its result."""
+
+    def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
+        shape = (num_blocks + 1, spec.kv_heads, block_size)
+        self.k = mx.zeros((*shape, spec.k_head_dim), spec.dtype)
+        self.v = mx.zeros((*shape, spec.v_head_dim), spec.dtype)
+
+    def arrays(self) -> list[mx.array]:
+        return [self.k, self.v]
+
+    def written(self) -> list[mx.array]:
+        """What has to be evaluated in every step, so that its writes take place."""
+        return [self.k, self.v]
+
+    def write(self, step: Step, k: mx.array, v: mx.array, after: mx.array | None) -> None:
+        """k and v: (T, kv_heads, 1, head_dim). MLX itself knows what comes `after` what."""
+        self.k = write(self.k, k.squeeze(2), *step.slots)
+        self.v = write(self.v, v.squeeze(2), *step.slots)
+
+    def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
+        """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
+        kv_heads = self.k.shape[1]
+        heads = mx.arange(kv_heads, dtype=mx.int32)[None, :, None]
+        indices = step.row_tables[:, None, :] * kv_heads + heads
+        return gather(self.k, indices), gather(self.v, indices)
+
+    def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
+        """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
+        spans = step.spans(window, q.shape[1])
+        out = paged_attention(q.squeeze(2), self.k, self.v, spans, scale=scale, sinks=sinks)
+        return out[:, :, None]

@@ -88,6 +88,11 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the choice of a token depends on those before it otherwise than by the model."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
     def with_defaults(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """These params with every None of the first group filled in."""
         unset = {name for name in NEUTRAL if getattr(self, name) is None}

@@ -27,6 +27,11 @@ class Scheduled:
     samples: bool
     """The last row is the sequence's newest token, so the step samples the one after it."""
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Before the one that this part samples, read or not."""
+        return self.start + self.num_tokens - self.seq.num_prompt_tokens
+
 
 @dataclass(slots=True)
 class Schedule:

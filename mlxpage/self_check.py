@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 
+from mlxpage import kernels, reference
 from mlxpage.backend import mx
 from mlxpage.errors import InvalidModel, MlxpageError, UnsupportedModel
-from mlxpage.kv_cache import KVCache, Rows, windows
+from mlxpage.kv_cache import KVCache, windows
+from mlxpage.layout import Rows
 from mlxpage.model import Model
 
 # Rounding that the dtype makes by itself, relative to the largest logit.
@@ -21,7 +24,7 @@ _MOST_NOISE = 0.05
 _CHEAP_WINDOW = 64
 
 
-def check(model: Model, block_size: int, seed: int = 0) -> None:
+def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType = reference) -> None:
     """Runs short random prompts through the pool and through mlx-lm's own caches.
 
     The pool is a small one of its own, its blocks in random order and full of other values. The
@@ -47,7 +50,7 @@ def check(model: Model, block_size: int, seed: int = 0) -> None:
         raise InvalidModel(f"{model.family}: the logits are not finite; the weights are damaged")
     # A RoPE that takes one position, say.
     with _refusing(f"{model.family} can't compute tokens of several positions at once"):
-        paged = _paged(model, prompts, block_size, rng)
+        paged = _paged(model, prompts, block_size, backend, rng)
 
     scale = max(np.abs(logits).max() for logits in dense)
     if noise > _MOST_NOISE * scale:
@@ -91,13 +94,15 @@ def _dense(model: Model, *chunks: np.ndarray) -> np.ndarray:
     return np.array(logits[0, -1].astype(mx.float32))
 
 
-def _paged(model: Model, prompts: list[np.ndarray], block_size: int, rng) -> list[np.ndarray]:
+def _paged(
+    model: Model, prompts: list[np.ndarray], block_size: int, backend: ModuleType, rng
+) -> list[np.ndarray]:
     num_blocks = sum(-(-len(prompt) // block_size) for prompt in prompts)
     groups = windows(model.specs)
-    cache = KVCache(model.specs, [num_blocks] * len(groups), block_size)
+    cache = KVCache(model.specs, [num_blocks] * len(groups), block_size, backend)
     for layer in cache.layers:  # what a freed block holds: somebody else's K and V
-        layer.k = mx.array(rng.standard_normal(layer.k.shape)).astype(layer.k.dtype)
-        layer.v = mx.array(rng.standard_normal(layer.v.shape)).astype(layer.v.dtype)
+        layer.pool.k = mx.array(rng.standard_normal(layer.pool.k.shape)).astype(layer.pool.k.dtype)
+        layer.pool.v = mx.array(rng.standard_normal(layer.pool.v.shape)).astype(layer.pool.v.dtype)
     mx.eval(cache.arrays())
     order = iter(rng.permutation(num_blocks) + 1)
     tables = [[next(order) for _ in range(-(-len(p) // block_size))] for p in prompts]
@@ -110,7 +115,7 @@ def _paged(model: Model, prompts: list[np.ndarray], block_size: int, rng) -> lis
         for step in range(3):
             spans = [(cut[step], cut[step + 1]) for cut in cuts]
             logits = model(_rows(prompts, tables, spans, len(groups)))
-            mx.eval(logits, cache.arrays())
+            mx.eval(logits, cache.written())
             if step == 0:
                 _check_every_layer_attends(model)
         return list(np.array(logits.astype(mx.float32)))
@@ -140,3 +145,84 @@ def _check_every_layer_attends(model: Model) -> None:
             f"{model.family} changes K and V after its cache (layers {aside[:8]}), "
             "so its attention can't read the block pool yet"
         )
+
+
+# -- the kernels, one by one --
+
+# Of the largest result: what rounding in this type makes of sums in another order.
+_KERNEL_ERROR = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
+
+
+def check_kernels(model: Model, block_size: int, seed: int = 0) -> None:
+    """Compares the kernels with the reference on random rows in the shapes of the model's layers.
+
+    That compiles them too, so the first request doesn't wait for it.
+
+    Raises UnsupportedModel: they give something else.
+    """
+    rng = np.random.default_rng(seed)
+    for spec, attention in dict.fromkeys(_attentions(model, block_size)):
+        # Runs of keys that are merged, and a sequence's keys in one run; chunks, alone and padded.
+        for sequences in (
+            [(5, 1), (300, 1), (700, 1), (40, 20)],
+            [(1, 1), (17, 1), (9, 9), (33, 8)],
+        ):
+            window = spec.window or 0
+            cases = [(context + window, rows) for context, rows in sequences]
+            ours, theirs = _both(spec, attention, cases, block_size, rng)
+            limit = _KERNEL_ERROR[spec.dtype] * np.abs(theirs).max()
+            difference = np.abs(ours - theirs).max()
+            if not difference <= limit:
+                raise UnsupportedModel(
+                    f"attention of {spec} differs from the reference by {difference:.2g}, where "
+                    f"{limit:.2g} is rounding"
+                )
+
+
+def _attentions(model: Model, block_size: int) -> list[tuple]:
+    """(spec, how the model attends) of each layer, as a forward of one token shows."""
+    cache = KVCache(model.specs, [1] * len(windows(model.specs)), block_size)
+    previous = model.cache
+    model.bind(cache)
+    try:
+        model(_rows([np.zeros(1, np.int32)], [[1]], [(0, 1)], len(cache.windows)))
+    finally:
+        model.bind(previous)
+    return [(layer.spec, layer.attention) for layer in cache.layers]
+
+
+def _both(spec, attention, sequences, block_size: int, rng) -> tuple[np.ndarray, np.ndarray]:
+    """What kernels and reference give for random rows: outputs and written pools, flat."""
+    heads, dtype, window, scale, has_sinks = attention
+    needed = [-(-context // block_size) for context, _ in sequences]
+    order = iter((rng.permutation(sum(needed)) + 1).tolist())
+    tables = [[next(order) for _ in range(count)] for count in needed]
+    tokens = [np.zeros(context, np.int32) for context, _ in sequences]
+    spans = [(context - rows, context) for context, rows in sequences]
+    rows = _rows(tokens, tables, spans, 1)
+
+    def random(*shape, dtype=spec.dtype):
+        return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+    shape = (sum(needed) + 1, spec.kv_heads, block_size)
+    k_pool, v_pool = random(*shape, spec.k_head_dim), random(*shape, spec.v_head_dim)
+    count = len(rows.positions)
+    k = random(count, spec.kv_heads, 1, spec.k_head_dim)
+    v = random(count, spec.kv_heads, 1, spec.v_head_dim)
+    q = random(count, heads, 1, spec.k_head_dim, dtype=dtype)
+    sinks = random(heads, dtype=dtype) if has_sinks else None
+    results = []
+    for backend in (kernels, reference):
+        pool = backend.Pool(spec, sum(needed), block_size)
+        pool.k, pool.v = k_pool + 0, v_pool + 0
+        mx.eval(pool.arrays())
+        step = backend.Step(rows, rows.block_tables[0], block_size, spec.window)
+        pool.write(step, k, v, None)
+        # A row of each sequence's last block: what no row wrote may differ.
+        written = mx.array(step.write_blocks), mx.array(rows.positions % block_size)
+        outputs = [pool.attend(step, q, window, scale, sinks)]
+        mx.eval(outputs, pool.written())
+        outputs += [pool.k[written[0], :, written[1]], pool.v[written[0], :, written[1]]]
+        flat = [array.astype(mx.float32).reshape(-1) for array in outputs]
+        results.append(np.array(mx.concatenate(flat)))
+    return results[0], results[1]

@@ -20,8 +20,10 @@ MODULES = {
     "paper": {"block_pool", "cache_group", "sequence", "scheduler"},
     "metal": {
         "backend",
+        "choice",
         "kernels",
         "kv_cache",
+        "layout",
         "memory",
         "model",
         "reference",

@@ -244,7 +244,7 @@ def test_a_talk_that_has_filled_the_context_can_be_cleared(talk):
 def test_a_failed_step_fails_one_turn(talk, monkeypatch):
     from mlxpage.engine import Engine
 
-    compute = Engine._compute
+    compute = Engine._start
     steps = iter(range(10**6))
 
     def flaky(self, batch):
@@ -252,7 +252,7 @@ def test_a_failed_step_fails_one_turn(talk, monkeypatch):
             raise RuntimeError("no memory")
         return compute(self, batch)
 
-    monkeypatch.setattr(Engine, "_compute", flaky)
+    monkeypatch.setattr(Engine, "_start", flaky)
     replies, said = talk("hello", "hello")
     assert said == ["Error: a step failed: RuntimeError: no memory"]
     assert len(replies) == 2 and len(replies[0]) < len(replies[1]) == 6

@@ -403,7 +403,7 @@ def test_a_failed_step_is_an_error_with_exit_code_1(cli, tiny_folder, monkeypatc
     def failing(*_):
         raise RuntimeError("the GPU is gone")
 
-    monkeypatch.setattr(Engine, "_compute", failing)
+    monkeypatch.setattr(Engine, "_start", failing)
     ran = cli("generate", tiny_folder, "hello", "-q", "--json")
     assert (ran.code, ran.out) == (1, "")
     assert ran.error == ["Error: a step failed: RuntimeError: the GPU is gone"]

@@ -26,11 +26,11 @@ mlxpage.model._evaluate = slowly
 """
 SLOW_STEPS = """
 import time, mlxpage.engine
-compute = mlxpage.engine.Engine._compute
+compute = mlxpage.engine.Engine._start
 def slowly(self, batch):
     time.sleep(SECONDS)
     return compute(self, batch)
-mlxpage.engine.Engine._compute = slowly
+mlxpage.engine.Engine._start = slowly
 """
 MAIN = "from mlxpage.cli import main\nsys.argv[0] = 'mlxpage'\nmain()"
 

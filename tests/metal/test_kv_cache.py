@@ -14,7 +14,8 @@ import tiny_models
 from mlxpage import kv_cache, reference, seam
 from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
-from mlxpage.kv_cache import KVCache, LayerSpec, MaskTag, Rows, Tagged
+from mlxpage.kv_cache import KVCache, MaskTag, Tagged
+from mlxpage.layout import LayerSpec, Rows
 from mlxpage.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16
@@ -47,8 +48,8 @@ def tables(rng, sequences, num_blocks: int) -> np.ndarray:
 def filled(rng, specs, num_blocks) -> KVCache:
     cache = KVCache(specs, num_blocks, BLOCK_SIZE)
     for layer in cache.layers:
-        layer.k = mx.array(rng.standard_normal(layer.k.shape).astype(np.float32))
-        layer.v = mx.array(rng.standard_normal(layer.v.shape).astype(np.float32))
+        layer.pool.k = mx.array(rng.standard_normal(layer.pool.k.shape).astype(np.float32))
+        layer.pool.v = mx.array(rng.standard_normal(layer.pool.v.shape).astype(np.float32))
     return cache
 
 
@@ -69,7 +70,7 @@ def test_rows_land_in_their_slots_and_clear_the_rest_of_a_block_that_they_begin(
         group = 0 if layer.spec.window is None else 1
         owners = np.repeat(np.arange(len(SEQUENCES)), np.diff(step.starts))
         for pool, head_dim in (("k", layer.spec.k_head_dim), ("v", layer.spec.v_head_dim)):
-            expected = np.array(getattr(layer, pool))
+            expected = np.array(getattr(layer.pool, pool))
             new = rng.standard_normal((len(owners), layer.spec.kv_heads, 1, head_dim))
             table = step.block_tables[group]
             begun = [table[0, 0], table[2, 1], table[4, 0]]  # of the contexts 1, 17 and 5
@@ -79,22 +80,22 @@ def test_rows_land_in_their_slots_and_clear_the_rest_of_a_block_that_they_begin(
                 expected[block, :, position % BLOCK_SIZE] = new[i, :, 0]
             new = mx.array(new.astype(np.float32))
             other = mx.zeros((len(owners), layer.spec.kv_heads, 1, 40 - head_dim))
-            before = {name: np.array(getattr(layer, name)) for name in "kv"}
+            before = {name: np.array(getattr(layer.pool, name)) for name in "kv"}
             if pool == "k":
                 other = mx.zeros((*other.shape[:3], layer.spec.v_head_dim))
                 layer.update_and_fetch(new, other)
             else:
                 other = mx.zeros((*other.shape[:3], layer.spec.k_head_dim))
                 layer.update_and_fetch(other, new)
-            assert np.array_equal(np.array(getattr(layer, pool)), expected)
-            setattr(layer, "kv".replace(pool, ""), mx.array(before["kv".replace(pool, "")]))
+            assert np.array_equal(np.array(getattr(layer.pool, pool)), expected)
+            setattr(layer.pool, "kv".replace(pool, ""), mx.array(before["kv".replace(pool, "")]))
 
 
 def test_layers_of_one_window_share_a_group_and_keep_pools_of_their_own():
     specs = [WINDOWED, FULL, WINDOWED, FULL]
     cache = KVCache(specs, [5, 7], BLOCK_SIZE)
     assert cache.windows == [20, None]
-    assert [layer.k.shape[0] for layer in cache.layers] == [6, 8, 6, 8]
+    assert [layer.pool.k.shape[0] for layer in cache.layers] == [6, 8, 6, 8]
     assert len({id(array) for array in cache.arrays()}) == 8
     assert cache.nbytes == sum(
         (blocks + 1) * BLOCK_SIZE * spec.bytes_per_token
@@ -112,8 +113,8 @@ def test_what_a_freed_block_holds_never_reaches_its_next_owner(family, dtype):
     for garbage in (0, np.nan):
         engine = serving.engine(model, num_blocks=40, max_num_batched_tokens=64)
         for layer in model.cache.layers:
-            layer.k[1:] = garbage
-            layer.v[1:] = garbage
+            layer.pool.k[1:] = garbage
+            layer.pool.v[1:] = garbage
         outputs.append(serving.serve(engine, prompts, params))
     for clean, dirty in zip(*outputs, strict=True):
         assert dirty.token_ids == clean.token_ids
@@ -239,7 +240,7 @@ def test_the_gathered_k_and_v_attend_as_the_pool_does(window, sinks):
     layer, _, q, k, v, mask = one_layer(FULL, window)
     paged = layer.attend(q, mask.tag.window, 0.25, sinks)
     options = {"scale": 0.25, "mask": mask, "sinks": sinks}
-    gathered = reference._dense_attention(q, k * 1, v * 1, **options)
+    gathered = reference.dense_attention(q, k * 1, v * 1, **options)
     assert mx.abs(paged - gathered).max() < 1e-5
     # The same by hand, as a model does that knows nothing of MLX's function.
     if sinks is None:
@@ -277,7 +278,7 @@ def test_only_what_comes_untouched_from_one_layer_reads_the_pool():
         if hooked := [layer.num_attended for layer in cache.layers] != before:
             options["mask"] = mask  # what its rows' positions say anyway
         plain = [array * 1 for array in arrays]
-        expected = reference._dense_attention(*plain, scale=0.25, **options)
+        expected = reference.dense_attention(*plain, scale=0.25, **options)
         assert mx.abs(out - expected).max() < 1e-5
         return hooked
 
@@ -328,7 +329,7 @@ def run_and_watch(model, on_step=None) -> tuple[int, int]:
             on_step()
 
     serving.serve(engine, PROMPTS, PARAMS, on_step=watch)
-    return most, max(layer.k.nbytes for layer in model.cache.layers)
+    return most, max(layer.pool.k.nbytes for layer in model.cache.layers)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

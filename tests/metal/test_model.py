@@ -21,7 +21,8 @@ from mlxpage import model as models
 from mlxpage import self_check
 from mlxpage.backend import mx
 from mlxpage.errors import InvalidModel, UnsupportedModel
-from mlxpage.kv_cache import KVCache, Rows
+from mlxpage.kv_cache import KVCache
+from mlxpage.layout import Rows
 from mlxpage.model import Model
 from mlxpage.sampling_params import SamplingParams
 

@@ -1,0 +1,276 @@
+// Attention of a few rows of each sequence (one in a decode, up to 8) to the positions of their own
+// sequence, which lie in blocks anywhere in the pool.
+//
+// A threadgroup takes one work item (a run of one sequence's keys), one KV head, and up to QUERIES
+// queries, which are the heads of the KV head's group in each row. It reads every K and V once.
+//
+// LANES lanes hold a row of K or V between them, so a SIMD group has 32 / LANES rows in flight, and
+// each lane KEYS of them: a step of a SIMD group. Scores are summed over the lanes by a butterfly
+// that halves their number each time, which leaves every lane with a few finished scores and a
+// single exponential each, instead of all scores in all lanes.
+//
+// Loads run ahead: K of the next step is fetched as soon as its registers are free, then V.
+//
+// in:  q [rows][HEADS][K_DIM], k_pool, v_pool, block_tables [sequences][width], contexts [sequences],
+//      row_starts [sequences + 1], work [items][4]: sequence, first key (of a block), end, first row of
+//      the partial results; ints: width, window; floats: scale, softcap; sinks [HEADS]; fence
+// out: out [rows][HEADS][V_DIM], or [partial rows][HEADS][V_DIM] to be merged if SPLIT;
+//      stats likewise with 2 for V_DIM: largest score (times log2 e) and sum of the exponentials
+
+constexpr int HEADS = KV_HEADS * GROUP;
+constexpr int THREADS = SIMD_GROUPS * 32;
+constexpr int ROWS_AT_ONCE = 32 / LANES;
+constexpr int STEP = ROWS_AT_ONCE * KEYS;
+constexpr int STRIDE = SIMD_GROUPS * STEP;
+constexpr int K_SHARE = K_DIM / LANES;
+constexpr int V_SHARE = V_DIM / LANES;
+constexpr int SCORES = PADDED_QUERIES * KEYS;
+constexpr int OWN = SCORES > LANES ? SCORES / LANES : 1;     // finished scores of a lane
+constexpr int COPIES = SCORES < LANES ? LANES / SCORES : 1;  // lanes that hold the same score
+constexpr int QUERY_LANES = LANES / PADDED_QUERIES;          // lanes with scores of one query
+typedef mlxpage::Share<KV, K_SHARE / K_WIDTH, K_WIDTH, LANES> KShare;
+typedef mlxpage::Share<KV, V_SHARE / V_WIDTH, V_WIDTH, LANES> VShare;
+
+const int thread_index = int(thread_position_in_threadgroup.x);
+const int simd_group = int(simdgroup_index_in_threadgroup);
+const int simd_lane = int(thread_index_in_simdgroup);
+const int lane = simd_lane % LANES;
+const int key_group = simd_lane / LANES;
+
+const int item = int(threadgroup_position_in_grid.x);
+const int kv_head = int(threadgroup_position_in_grid.y) % KV_HEADS;
+const int first_query = int(threadgroup_position_in_grid.y) / KV_HEADS * QUERIES;
+const int sequence = work[item * 4];
+const int begin = work[item * 4 + 1];
+const int end = work[item * 4 + 2];
+const int row_start = row_starts[sequence];
+const int rows = row_starts[sequence + 1] - row_start;
+const int context = contexts[sequence];
+const int num_queries = rows * GROUP - first_query;
+if (num_queries <= 0) {
+  return;
+}
+const device int* table = block_tables + long(sequence) * ints[0];
+const int window = ints[1];
+
+// The queries, in the lanes' shares, scaled so that exp2 takes their products.
+const float scale = SOFTCAP ? floats[0] / floats[1] : floats[0] * mlxpage::LOG2_E;
+float queries[QUERIES][K_SHARE];
+float sums[QUERIES][V_SHARE];
+#pragma unroll
+for (int i = 0; i < QUERIES; i++) {
+  const int query = first_query + min(i, num_queries - 1);
+  const int row = row_start + query / GROUP;
+  const device T* from = q + (long(row) * HEADS + kv_head * GROUP + query % GROUP) * K_DIM;
+#pragma unroll
+  for (int j = 0; j < K_SHARE; j++) {
+    queries[i][j] = float(from[(j / K_WIDTH * LANES + lane) * K_WIDTH + j % K_WIDTH]) * scale;
+  }
+#pragma unroll
+  for (int j = 0; j < V_SHARE; j++) {
+    sums[i][j] = 0.0f;
+  }
+}
+
+// The scores that this lane finishes: of one query, of OWN keys in a row.
+const int own_query = lane / QUERY_LANES;
+const int own_key = key_group * KEYS + lane % QUERY_LANES / COPIES * OWN;
+const int position = context - rows + (first_query + min(own_query, num_queries - 1)) / GROUP;
+const int last_key = min(position, end - 1);
+const int first_key = position - window;  // exclusive
+float largest = mlxpage::LOWEST;
+float total = 0.0f;
+
+// This lane's share of its rows of one step. Past the end it reads the last row again.
+const int group_begin = begin + simd_group * STEP + key_group * KEYS;
+KShare k[KEYS];
+VShare v[KEYS];
+int key = min(group_begin, end - 1);
+long block = table[key / BLOCK_SIZE];
+{
+  const long block_start = (block * KV_HEADS + kv_head) * BLOCK_SIZE;
+#pragma unroll
+  for (int i = 0; i < KEYS; i++) {
+    const long at = block_start + min(key + i, end - 1) % BLOCK_SIZE;
+    mlxpage::load(k[i], k_pool + at * K_DIM, lane);
+    mlxpage::load(v[i], v_pool + at * V_DIM, lane);
+  }
+}
+int next_key = min(group_begin + STRIDE, end - 1);
+long next_block = table[next_key / BLOCK_SIZE];
+
+for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
+  // Products, summed over this lane's share.
+  float scores[SCORES];
+#pragma unroll
+  for (int i = 0; i < KEYS; i++) {
+    float elements[K_SHARE];
+    mlxpage::unpack(k[i], elements);
+#pragma unroll
+    for (int j = 0; j < PADDED_QUERIES; j++) {
+      float sum = 0.0f;
+      if (j < QUERIES) {
+#pragma unroll
+        for (int e = 0; e < K_SHARE; e++) {
+          sum += queries[j < QUERIES ? j : 0][e] * elements[e];
+        }
+      }
+      scores[j * KEYS + i] = sum;
+    }
+  }
+
+  // The next step's K.
+  const bool more = step + STRIDE < end;
+  const long next_start = (next_block * KV_HEADS + kv_head) * BLOCK_SIZE;
+  if (more) {
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) {
+      const long at = next_start + min(next_key + i, end - 1) % BLOCK_SIZE;
+      mlxpage::load(k[i], k_pool + at * K_DIM, lane);
+    }
+  }
+
+  // Sum over the lanes: each exchange halves either the scores a lane still holds or, once it has
+  // one, adds up.
+#pragma unroll
+  for (int mask = LANES / 2, count = SCORES; mask > 0; mask /= 2) {
+    if (count > 1) {
+      count /= 2;
+      const bool upper = (lane & mask) != 0;
+#pragma unroll
+      for (int i = 0; i < SCORES / 2; i++) {
+        if (i < count) {
+          const float mine = upper ? scores[i + count] : scores[i];
+          const float theirs = upper ? scores[i] : scores[i + count];
+          scores[i] = mine + simd_shuffle_xor(theirs, ushort(mask));
+        }
+      }
+    } else {
+      scores[0] += simd_shuffle_xor(scores[0], ushort(mask));
+    }
+  }
+
+  // Softmax so far.
+  float new_largest = largest;
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const int at = step + own_key + i;
+    if (SOFTCAP) {
+      scores[i] = floats[1] * mlxpage::LOG2_E * tanh(scores[i]);
+    }
+    scores[i] = at <= last_key && at > first_key ? scores[i] : -INFINITY;
+    new_largest = max(new_largest, scores[i]);
+  }
+#pragma unroll
+  for (int mask = QUERY_LANES / 2; mask > 0; mask /= 2) {
+    new_largest = max(new_largest, simd_shuffle_xor(new_largest, ushort(mask)));
+  }
+#pragma unroll
+  for (int mask = LANES; mask < 32; mask *= 2) {
+    new_largest = max(new_largest, simd_shuffle_xor(new_largest, ushort(mask)));
+  }
+  if (simd_any(new_largest > largest)) {
+    const float factor = fast::exp2(largest - new_largest);
+    total *= factor;
+#pragma unroll
+    for (int i = 0; i < QUERIES; i++) {
+      const float of_query = simd_shuffle(factor, ushort(i * QUERY_LANES));
+#pragma unroll
+      for (int j = 0; j < V_SHARE; j++) {
+        sums[i][j] *= of_query;
+      }
+    }
+    largest = new_largest;
+  }
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    scores[i] = fast::exp2(scores[i] - largest);
+    total += scores[i];
+  }
+
+  // Values, weighted.
+#pragma unroll
+  for (int i = 0; i < KEYS; i++) {
+    float elements[V_SHARE];
+    mlxpage::unpack(v[i], elements);
+#pragma unroll
+    for (int j = 0; j < QUERIES; j++) {
+      const int score = j * KEYS + i;
+      const ushort holder = ushort(key_group * LANES + score / OWN * COPIES);
+      const float weight = simd_shuffle(scores[score % OWN], holder);
+#pragma unroll
+      for (int e = 0; e < V_SHARE; e++) {
+        sums[j][e] += weight * elements[e];
+      }
+    }
+  }
+
+  // The next step's V, and the block after it.
+  if (more) {
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) {
+      const long at = next_start + min(next_key + i, end - 1) % BLOCK_SIZE;
+      mlxpage::load(v[i], v_pool + at * V_DIM, lane);
+    }
+    next_key = min(next_key + STRIDE, end - 1);
+    next_block = table[next_key / BLOCK_SIZE];
+  }
+}
+
+// Sums of the SIMD group's rows and lanes, then of the threadgroup's SIMD groups.
+#pragma unroll
+for (int mask = COPIES; mask < QUERY_LANES; mask *= 2) {
+  total += simd_shuffle_xor(total, ushort(mask));
+}
+#pragma unroll
+for (int mask = LANES; mask < 32; mask *= 2) {
+  total += simd_shuffle_xor(total, ushort(mask));
+}
+threadgroup float group_largest[SIMD_GROUPS * PADDED_QUERIES];
+threadgroup float group_total[SIMD_GROUPS * PADDED_QUERIES];
+threadgroup float group_sums[SIMD_GROUPS * QUERIES * V_DIM];
+if (key_group == 0 && lane % QUERY_LANES == 0) {
+  group_largest[simd_group * PADDED_QUERIES + own_query] = largest;
+  group_total[simd_group * PADDED_QUERIES + own_query] = total;
+}
+#pragma unroll
+for (int i = 0; i < QUERIES; i++) {
+#pragma unroll
+  for (int j = 0; j < V_SHARE; j++) {
+    float sum = sums[i][j];
+#pragma unroll
+    for (int mask = LANES; mask < 32; mask *= 2) {
+      sum += simd_shuffle_xor(sum, ushort(mask));
+    }
+    if (key_group == 0) {
+      const int element = (j / V_WIDTH * LANES + lane) * V_WIDTH + j % V_WIDTH;
+      group_sums[(simd_group * QUERIES + i) * V_DIM + element] = sum;
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+for (int i = thread_index; i < min(QUERIES, num_queries) * V_DIM; i += THREADS) {
+  const int query = i / V_DIM;
+  const int element = i % V_DIM;
+  const int head = kv_head * GROUP + (first_query + query) % GROUP;
+  float all_largest = SINKS && !SPLIT ? float(sinks[head]) * mlxpage::LOG2_E : mlxpage::LOWEST;
+  const float sink = all_largest;
+  for (int g = 0; g < SIMD_GROUPS; g++) {
+    all_largest = max(all_largest, group_largest[g * PADDED_QUERIES + query]);
+  }
+  float all_total = SINKS && !SPLIT ? fast::exp2(sink - all_largest) : 0.0f;
+  float sum = 0.0f;
+  for (int g = 0; g < SIMD_GROUPS; g++) {
+    const float weight = fast::exp2(group_largest[g * PADDED_QUERIES + query] - all_largest);
+    all_total += weight * group_total[g * PADDED_QUERIES + query];
+    sum += weight * group_sums[(g * QUERIES + query) * V_DIM + element];
+  }
+  const int row = (first_query + query) / GROUP;
+  const long at = long((SPLIT ? work[item * 4 + 3] : row_start) + row) * HEADS + head;
+  out[at * V_DIM + element] = Out(SPLIT ? sum : sum / all_total);
+  if (element == 0) {
+    stats[at * 2] = all_largest;
+    stats[at * 2 + 1] = all_total;
+  }
+}

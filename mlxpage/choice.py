@@ -1,0 +1,78 @@
+"""Which backend serves a model: the kernels, where there is a GPU and they prove right, or else the
+reference."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from mlxpage import kernels, reference, self_check
+from mlxpage.backend import device
+from mlxpage.errors import InvalidRequest
+from mlxpage.model import Model
+
+NAMES = ("metal", "cuda", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What computes attention, and why."""
+
+    name: str  # one of NAMES
+    ops: ModuleType  # `kernels` or `reference`
+    why: str
+
+
+REFERENCE = Backend("reference", reference, "asked for")
+
+
+def wanted(name: str | None = None) -> Backend:
+    """The backend that `name`, else MLXPAGE_BACKEND, else the machine asks for.
+
+    Raises InvalidRequest for a name that doesn't exist, or that this machine has no GPU for.
+    """
+    source = "backend"
+    if name is None and (name := os.environ.get("MLXPAGE_BACKEND") or None):
+        source = "MLXPAGE_BACKEND"
+    here = device().kind
+    if name is None:
+        if here == "cpu":
+            return Backend("reference", reference, "there is no GPU")
+        return Backend(here, kernels, "this machine's GPU")
+    if name not in NAMES:
+        raise InvalidRequest(f"{source} is {name!r:.80}; it must be one of {', '.join(NAMES)}")
+    if name == "reference":
+        return Backend(name, reference, f"{source} says so")
+    if name != here:
+        raise InvalidRequest(f"{source} is {name!r}; this machine computes on {here}")
+    return Backend(name, kernels, f"{source} says so")
+
+
+def checked(
+    model: Model, block_size: int, name: str | None, on_status: Callable[[str], None] | None
+) -> Backend:
+    """The backend that serves `model`, after it has proved itself on the model's own shapes.
+
+    Kernels that fail to compile, or don't compute what the reference does, are told once, and the
+    reference serves. Raises what `self_check.check` does if that fails too.
+    """
+    backend = wanted(name)
+    if backend.ops is kernels:
+        try:
+            self_check.check_kernels(model, block_size)
+            self_check.check(model, block_size, backend=kernels)
+            return Backend(backend.name, kernels, f"{backend.why}; the kernels passed their check")
+        except Exception as error:  # whatever a compiler or a GPU has to say
+            reason = " ".join(str(error).split())[:300]
+            backend = Backend(
+                "reference", reference, f"the {backend.name} kernels failed: {reason}"
+            )
+            self_check.check(model, block_size)
+        tell = on_status or (lambda line: warnings.warn(line, RuntimeWarning, stacklevel=2))
+        tell(f"{backend.why}. The reference backend serves instead, slower.")
+        return backend
+    self_check.check(model, block_size)
+    return backend

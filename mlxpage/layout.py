@@ -1,0 +1,81 @@
+"""The shape of a pool, and of one forward over it: what every backend is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxpage.backend import mx
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer keeps for each position."""
+
+    window: int | None
+    kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    dtype: mx.Dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.k_head_dim + self.v_head_dim) * self.dtype.size
+
+
+@dataclass(slots=True)
+class Rows:
+    """The tokens of one forward, of any number of sequences, as rows of length 1.
+
+    A sequence's rows stand side by side. Those of one row come first, shortest context first.
+    All arrays are NumPy int32, `tokens` may be MLX's.
+    """
+
+    tokens: np.ndarray | mx.array  # (T,)
+    positions: np.ndarray  # (T,)
+    starts: np.ndarray  # (S + 1,) where each sequence's rows start
+    contexts: np.ndarray  # (S,) positions that exist after this forward
+    block_tables: list[np.ndarray]  # per cache group (S, M), padded with NULL_BLOCK
+    sample_rows: np.ndarray  # (R,) rows whose logits are wanted
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences with a single row."""
+        return int(np.searchsorted(np.diff(self.starts) > 1, True))
+
+
+class Step:
+    """What all layers of one cache group share in one forward. Backends add their own to it."""
+
+    def __init__(self, rows: Rows, tables: np.ndarray, block_size: int, window: int | None):
+        self.rows = rows
+        self.tables = tables
+        self.block_size = block_size
+        self.window = window
+        owners = np.repeat(np.arange(len(rows.contexts)), np.diff(rows.starts))
+        self.write_blocks = tables[owners, rows.positions // block_size]  # (T,)
+        assert self.write_blocks.all(), "a row has no block to be written to"
+        self._owners = owners
+        self._row_tables: mx.array | None = None
+
+    @property
+    def row_tables(self) -> mx.array:
+        """(T, M) the block table of each row, for a model that wants K and V as plain arrays."""
+        if self._row_tables is None:
+            self._row_tables = mx.take(mx.array(self.tables), mx.array(self._owners), axis=0)
+        return self._row_tables
+
+    def row_mask(self, window: int | None) -> mx.array:
+        """(T, 1, 1, M * block_size) bool, lazy: what each row may read of its own table."""
+        keys = mx.arange(self.tables.shape[1] * self.block_size)
+        queries = mx.array(self.rows.positions)[:, None, None, None]
+        mask = keys <= queries
+        return mask if window is None else mask & (keys > queries - window)
+
+
+def first_readable(positions, block_size: int, window: int | None):
+    """The first position of the block where the window of each position begins."""
+    if window is None:
+        return np.zeros_like(positions)
+    return np.maximum(0, positions - window + 1) // block_size * block_size
