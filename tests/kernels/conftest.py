@@ -1,0 +1,29 @@
+"""Kernels run for real on a Mac, and in the simulator on Linux: the tests are the same."""
+
+from __future__ import annotations
+
+import sys
+
+import metal_sim
+import mlx.core as mx
+import pytest
+
+# These are about the simulator itself, which a Mac has no use for.
+collect_ignore = [] if sys.platform == "linux" else ["test_simulator.py", "test_fidelity.py"]
+
+
+@pytest.fixture
+def metal():
+    """``mx.fast.metal_kernel`` works: where there is no Metal, by checked simulation."""
+    if mx.metal.is_available():
+        yield
+    else:
+        with metal_sim.installed():
+            yield
+
+
+@pytest.fixture(params=["forward", "reverse", "shuffled"])
+def thread_order(request):
+    """Threads run in three orders, which may make no difference. A Mac has its own order."""
+    with metal_sim.options(order=request.param):
+        yield request.param
