@@ -75,7 +75,7 @@ class Case:
         return tables
 
     def paged(self, tables):
-        cost = kernels.run_cost(*self.pools[0], self.heads)
+        cost = kernels.run_cost(kernels.pool_kind(self.pools[0][0]), self.head_dim, self.heads)
         work = kernels.plan_work(self.starts, self.contexts, tables, self.block_size, None, *cost)
 
         def attend(q, i):

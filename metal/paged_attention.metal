@@ -11,9 +11,10 @@
 //
 // Loads run ahead: K of the next step is fetched as soon as its registers are free, then V.
 //
-// in:  q [rows][HEADS][K_DIM], k_pool, v_pool, block_tables [sequences][width], contexts [sequences],
-//      row_starts [sequences + 1], work [items][4]: sequence, first key (of a block), end, first row of
-//      the partial results; ints: width, window; floats: scale, softcap; sinks [HEADS]; fence
+// in:  q [rows][HEADS][K_DIM], k_pool, v_pool, block_tables [sequences][width],
+//      work [items][8]: sequence, first key (of a block), end, first row of the partial results,
+//      the sequence's first row, number of rows and of positions, 0;
+//      ints: width, window; floats: scale, softcap; sinks [HEADS]; fence
 // out: out [rows][HEADS][V_DIM], or [partial rows][HEADS][V_DIM] to be merged if SPLIT;
 //      stats likewise with 2 for V_DIM: largest score (times log2 e) and sum of the exponentials
 
@@ -40,12 +41,14 @@ const int key_group = simd_lane / LANES;
 const int item = int(threadgroup_position_in_grid.x);
 const int kv_head = int(threadgroup_position_in_grid.y) % KV_HEADS;
 const int first_query = int(threadgroup_position_in_grid.y) / KV_HEADS * QUERIES;
-const int sequence = work[item * 4];
-const int begin = work[item * 4 + 1];
-const int end = work[item * 4 + 2];
-const int row_start = row_starts[sequence];
-const int rows = row_starts[sequence + 1] - row_start;
-const int context = contexts[sequence];
+const device int* own = work + item * 8;
+const int sequence = own[0];
+const int begin = own[1];
+const int end = own[2];
+const int partial_start = own[3];
+const int row_start = own[4];
+const int rows = own[5];
+const int context = own[6];
 const int num_queries = rows * GROUP - first_query;
 if (num_queries <= 0) {
   return;
@@ -267,7 +270,7 @@ for (int i = thread_index; i < min(QUERIES, num_queries) * V_DIM; i += THREADS) 
     sum += weight * group_sums[(g * QUERIES + query) * V_DIM + element];
   }
   const int row = (first_query + query) / GROUP;
-  const long at = long((SPLIT ? work[item * 4 + 3] : row_start) + row) * HEADS + head;
+  const long at = long((SPLIT ? partial_start : row_start) + row) * HEADS + head;
   out[at * V_DIM + element] = Out(SPLIT ? sum : sum / all_total);
   if (element == 0) {
     stats[at * 2] = all_largest;

@@ -60,7 +60,7 @@ class Started:
 
     schedule: Schedule
     batch: Batch
-    tokens: mx.array  # (S,) one for each of `Batch.sampling`
+    tokens: mx.array | None  # (S,) one for each of `Batch.sampling`
     logprobs: tuple  # of those tokens, as `sampler.logprobs` gives them, if anyone asked
     prompt_logprobs: tuple  # likewise, of `Batch.scoring`
 
@@ -230,7 +230,7 @@ class Engine:
         )
         logits = self.model(batch.rows)
         num_sampled = len(batch.sampling)
-        tokens = mx.zeros(0, mx.int32)
+        tokens = None
         chosen = scored = ()
         if num_sampled:
             tokens = sample(logits[:num_sampled], batch.choices)
@@ -241,13 +241,21 @@ class Engine:
             top = _most_logprobs(seq.params.prompt_logprobs for seq, _ in batch.scoring)
             scored = logprobs(logits[num_sampled:], targets, top)
         # The pools too: a write that nobody reads must happen all the same.
-        results = tokens, chosen, scored, self.model.cache.written()
+        results = [array for array in (tokens, *chosen, *scored) if array is not None]
+        results += self.model.cache.written()
         (mx.async_eval if self.backend.ops.LOOK_AHEAD else mx.eval)(*results)
         return Started(schedule, batch, tokens, chosen, scored)
 
     def _new_pool(self) -> None:
-        sizes = self.plan.num_blocks, self.plan.block_size
-        self.model.bind(KVCache(self.model.specs, *sizes, self.backend.ops))
+        self.model.bind(
+            KVCache(
+                self.model.specs,
+                self.plan.num_blocks,
+                self.plan.block_size,
+                self.backend.ops,
+                fetches=self.model.fetches,
+            )
+        )
 
     def _note_start(self, schedule: Schedule) -> None:
         now = time.perf_counter()
@@ -273,7 +281,7 @@ class Engine:
 
     def _record(self, started: Started) -> None:
         batch = started.batch
-        tokens = started.tokens.tolist()
+        tokens = [] if started.tokens is None else started.tokens.tolist()
         now = time.perf_counter()
         self._counts["steps"] += 1
         self._fail_broken(batch.sampling, tokens)
@@ -345,7 +353,7 @@ class Engine:
         failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
         self.scheduler.restart()
-        self.model.cache = None
+        self.model.bind(None)
         forget_locals(error)
         mx.clear_cache()
         for part in (part for schedule in schedules for part in schedule.scheduled):

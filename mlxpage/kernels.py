@@ -8,7 +8,9 @@ comes after every read of the step before. On a GPU nothing but these kernels to
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,22 +35,22 @@ _MAX_THREADGROUP_BYTES = 24 * 1024
 
 
 def _text(name: str) -> str:
-    """A file of metal/: in the package when it is installed, else beside it."""
+    """A file of metal/: in the package when it is installed, else beside it.
+
+    Without comments: MLX hashes the text at every call, and takes names in it for attributes.
+    """
     here = Path(__file__).resolve().parent
     for folder in (here / "metal", here.parent / "metal"):
         if (folder / name).is_file():
-            return (folder / name).read_text(encoding="ascii")
+            lines = (folder / name).read_text(encoding="ascii").splitlines()
+            return "\n".join(line.partition("//")[0].strip() for line in lines) + "\n"
     raise FileNotFoundError(f"{name} is neither in {here / 'metal'} nor in {here.parent / 'metal'}")
 
 
 def to_cuda(text: str) -> str:
     """Metal text as CUDA: pointers have no address spaces, threadgroup variables are shared."""
-    lines = []
-    for line in text.splitlines():
-        code, slashes, comment = line.partition("//")
-        code = re.sub(r"\b(device|constant|thread)\b ?", "", code)
-        lines.append(re.sub(r"\bthreadgroup\b", "__shared__", code) + slashes + comment)
-    return "\n".join(lines) + "\n"
+    text = re.sub(r"\b(device|constant|thread)\b ?", "", text)
+    return re.sub(r"\bthreadgroup\b", "__shared__", text)
 
 
 # Inputs and outputs, in the order of the texts.
@@ -57,7 +59,7 @@ _SIGNATURES = {
     "gather_blocks": ("k_pool, v_pool, block_tables, lengths, ints, fence", "k, v"),
     "copy_blocks": ("k_pool, v_pool, pairs, ints, after", "fence"),
     "paged_attention": (
-        "q, k_pool, v_pool, block_tables, contexts, row_starts, work, ints, floats, sinks, fence",
+        "q, k_pool, v_pool, block_tables, work, ints, floats, sinks, fence",
         "out, stats",
     ),
     "merge_partials": (
@@ -88,18 +90,39 @@ def on_cuda() -> bool:
     return mx.cuda.is_available()
 
 
-def _launch(name: str, inputs, template: dict, threads, threadgroup: int, outputs):
-    """`outputs` are (shape, dtype) pairs."""
-    return _kernel(name)(
-        inputs=inputs,
-        template=list(template.items()),
-        grid=threads if isinstance(threads, tuple) else (-(-threads // _THREADS) * _THREADS, 1, 1),
-        threadgroup=(threadgroup, 1, 1),
-        output_shapes=[shape for shape, _ in outputs],
-        output_dtypes=[dtype for _, dtype in outputs],
-    )
+class _Launch(NamedTuple):
+    """All of a call but its inputs, which is made once for every shape: a step has hundreds."""
+
+    name: str
+    template: list
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: list
+    output_dtypes: list
+
+    def __call__(self, *inputs: mx.array) -> list[mx.array]:
+        return _kernel(self.name)(
+            inputs=inputs,
+            template=self.template,
+            grid=self.grid,
+            threadgroup=self.threadgroup,
+            output_shapes=self.output_shapes,
+            output_dtypes=self.output_dtypes,
+        )
 
 
+def _one_thread_a_piece(name: str, template: dict, pieces: int, *outputs) -> _Launch:
+    threads = -(-pieces // _THREADS) * _THREADS
+    return _launch(name, template, (threads, 1, 1), _THREADS, *outputs)
+
+
+def _launch(name: str, template: dict, grid, threads: int, *outputs) -> _Launch:
+    """`grid` is in threads, `threads` are a threadgroup's, `outputs` (shape, dtype) pairs."""
+    shapes, dtypes = zip(*outputs, strict=True)
+    return _Launch(name, list(template.items()), grid, (threads, 1, 1), shapes, dtypes)
+
+
+@lru_cache(4096)
 def _ints(*values: int) -> mx.array:
     return _padded(np.array(values, np.int32))
 
@@ -120,17 +143,28 @@ def _floats(scale: float, softcap: float) -> mx.array:
 # -- moving rows and blocks --
 
 
-def _pool_template(k_pool: mx.array, v_pool: mx.array) -> dict:
-    _, kv_heads, block_size, k_dim = k_pool.shape
-    v_dim = v_pool.shape[3]
+PoolKind = tuple[tuple[int, int, int], mx.Dtype]  # a pool's shape but its blocks, and its dtype
+
+
+def _pool_template(k_pool: PoolKind, v_dim: int) -> dict:
+    (kv_heads, block_size, k_dim), dtype = k_pool
     return {
-        "KV": k_pool.dtype,
+        "KV": dtype,
         "K_DIM": k_dim,
         "V_DIM": v_dim,
         "KV_HEADS": kv_heads,
         "BLOCK_SIZE": block_size,
-        "WIDTH": _width(k_dim, v_dim, itemsize=k_pool.dtype.size),
+        "WIDTH": _width(k_dim, v_dim, itemsize=dtype.size),
     }
+
+
+def pool_kind(pool: mx.array) -> PoolKind:
+    return pool.shape[1:], pool.dtype
+
+
+def _head_pieces(template: dict) -> int:
+    """Pieces of one head's K and V at one position."""
+    return (template["K_DIM"] + template["V_DIM"]) // template["WIDTH"]
 
 
 def _width(*sizes: int, itemsize: int) -> int:
@@ -157,18 +191,16 @@ def write(
     Returns:
         A fence: what reads the rows has to take it in.
     """
-    template = _pool_template(k_pool, v_pool)
-    pieces = (template["K_DIM"] + template["V_DIM"]) // template["WIDTH"]
     rows = k.shape[0]
-    (fence,) = _launch(
-        "write_kv",
-        [k, v, k_pool, v_pool, slots, _ints(rows), after],
-        template,
-        rows * template["KV_HEADS"] * pieces,
-        _THREADS,
-        [((_LEAST,), mx.int32)],
-    )
-    return fence
+    launch = _write_launch(rows, pool_kind(k_pool), v_pool.shape[3])
+    return launch(k, v, k_pool, v_pool, slots, _ints(rows), after)[0]
+
+
+@lru_cache(1024)
+def _write_launch(rows: int, k_pool: PoolKind, v_dim: int) -> _Launch:
+    template = _pool_template(k_pool, v_dim)
+    pieces = rows * template["KV_HEADS"] * _head_pieces(template)
+    return _one_thread_a_piece("write_kv", template, pieces, ((_LEAST,), mx.int32))
 
 
 def gather(
@@ -190,21 +222,23 @@ def gather(
         (sequences, kv_heads, positions, k_dim) and the same of V.
     """
     sequences, width, positions = shape
-    template = _pool_template(k_pool, v_pool)
-    k_dim, v_dim, kv_heads = template["K_DIM"], template["V_DIM"], template["KV_HEADS"]
-    pieces = (k_dim + v_dim) // template["WIDTH"]
-    k, v = _launch(
-        "gather_blocks",
-        [k_pool, v_pool, tables, lengths, _ints(width, positions, sequences), fence],
-        template,
-        sequences * kv_heads * positions * pieces,
-        _THREADS,
-        [
-            ((sequences, kv_heads, positions, k_dim), k_pool.dtype),
-            ((sequences, kv_heads, positions, v_dim), v_pool.dtype),
-        ],
-    )
+    launch = _gather_launch(sequences, positions, pool_kind(k_pool), v_pool.shape[3])
+    ints = _ints(width, positions, sequences)
+    k, v = launch(k_pool, v_pool, tables, lengths, ints, fence)
     return k, v
+
+
+@lru_cache(1024)
+def _gather_launch(sequences: int, positions: int, k_pool: PoolKind, v_dim: int) -> _Launch:
+    template = _pool_template(k_pool, v_dim)
+    shape = sequences, template["KV_HEADS"], positions
+    return _one_thread_a_piece(
+        "gather_blocks",
+        template,
+        math.prod(shape) * _head_pieces(template),
+        ((*shape, template["K_DIM"]), template["KV"]),
+        ((*shape, v_dim), template["KV"]),
+    )
 
 
 def copy_blocks(k_pool: mx.array, v_pool: mx.array, pairs: np.ndarray, after: mx.array) -> mx.array:
@@ -213,18 +247,11 @@ def copy_blocks(k_pool: mx.array, v_pool: mx.array, pairs: np.ndarray, after: mx
     `pairs` (copies, 2) int32 are sources and targets. No block may be a source and a target, or
     a target twice.
     """
-    template = _pool_template(k_pool, v_pool)
-    block = template["KV_HEADS"] * template["BLOCK_SIZE"]
-    pieces = block * (template["K_DIM"] + template["V_DIM"]) // template["WIDTH"]
-    (fence,) = _launch(
-        "copy_blocks",
-        [k_pool, v_pool, _padded(pairs), _ints(len(pairs)), after],
-        template,
-        len(pairs) * pieces,
-        _THREADS,
-        [((_LEAST,), mx.int32)],
-    )
-    return fence
+    template = _pool_template(pool_kind(k_pool), v_pool.shape[3])
+    positions = len(pairs) * template["KV_HEADS"] * template["BLOCK_SIZE"]
+    pieces = positions * _head_pieces(template)
+    launch = _one_thread_a_piece("copy_blocks", template, pieces, ((_LEAST,), mx.int32))
+    return launch(k_pool, v_pool, _padded(pairs), _ints(len(pairs)), after)[0]
 
 
 # -- attention --
@@ -288,13 +315,13 @@ def tiling(k_dim: int, v_dim: int, queries: int, itemsize: int, block_size: int,
     )
 
 
-def run_cost(k_pool: mx.array, v_pool: mx.array, heads: int) -> tuple[int, int]:
+def run_cost(k_pool: PoolKind, v_dim: int, heads: int) -> tuple[int, int]:
     """Threadgroups that one run of keys occupies, and bytes that one of them reads of a K and V,
     when each sequence has a single row."""
-    _, kv_heads, block_size, k_dim = k_pool.shape
-    group, v_dim, itemsize = heads // kv_heads, v_pool.shape[3], k_pool.dtype.size
-    shape = tiling(k_dim, v_dim, group, itemsize, block_size, on_cuda())
-    return kv_heads * -(-group // shape.queries), (k_dim + v_dim) * itemsize
+    (kv_heads, block_size, k_dim), dtype = k_pool
+    group = heads // kv_heads
+    shape = tiling(k_dim, v_dim, group, dtype.size, block_size, on_cuda())
+    return kv_heads * -(-group // shape.queries), (k_dim + v_dim) * dtype.size
 
 
 class Work(NamedTuple):
@@ -304,7 +331,7 @@ class Work(NamedTuple):
     max_rows: int  # of a sequence
     items: int
     partial_rows: int  # 0: each sequence's keys are one run, there is nothing to merge
-    inputs: list[mx.array]  # block_tables, contexts, row_starts, work, ints
+    inputs: list[mx.array]  # block_tables, work, ints
     merge_inputs: list[mx.array]  # owners, row_starts, partial_starts
 
 
@@ -330,16 +357,20 @@ def plan_work(
     rows = np.diff(starts)
     first = first_readable(contexts - rows, block_size, window)
     lengths = contexts - first
-    size = _run_length(lengths, threadgroups, key_bytes)
+    # As many runs as that makes, but of equal lengths.
+    size = lengths / -(-lengths // _run_length(lengths, threadgroups, key_bytes))
+    size = (-(-size // block_size) * block_size).astype(np.int64)
     counts = -(-lengths // size)
     sequences = np.repeat(np.arange(len(contexts)), counts)
     nth = np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = first[sequences] + nth * size
-    ends = np.minimum(begins + size, contexts[sequences])
+    begins = first[sequences] + nth * size[sequences]
+    ends = np.minimum(begins + size[sequences], contexts[sequences])
     partial_starts = np.concatenate([[0], np.cumsum(counts * rows)])
     partials = partial_starts[sequences] + nth * rows[sequences]
-    runs = np.stack([sequences, begins, ends, partials], axis=1).astype(np.int32)
-    row_starts = _padded(starts)
+    # The longest sequences come last, and their runs first: none begins when the rest is over.
+    of_sequence = np.stack([starts[:-1], rows, contexts, np.zeros_like(rows)], axis=1)
+    runs = np.stack([sequences, begins, ends, partials], axis=1)
+    runs = np.concatenate([runs, of_sequence[sequences]], axis=1).astype(np.int32)[::-1]
     return Work(
         rows=int(starts[-1]),
         max_rows=int(rows.max()),
@@ -347,14 +378,12 @@ def plan_work(
         partial_rows=int(partial_starts[-1]) if len(runs) > len(contexts) else 0,
         inputs=[
             _padded(tables),
-            _padded(contexts),
-            row_starts,
             _padded(runs),
             _ints(tables.shape[1], window or _NO_WINDOW),
         ],
         merge_inputs=[
             _padded(np.repeat(np.arange(len(contexts), dtype=np.int32), rows)),
-            row_starts,
+            _padded(starts),
             _padded(partial_starts.astype(np.int32)),
         ],
     )
@@ -371,8 +400,10 @@ class _Gpu(NamedTuple):
 
 
 # Fitted to an H100; for Apple's GPUs a guess.
-_GPUS = {True: _Gpu(264, 110, 50_000, 26_000_000), False: _Gpu(128, 64, 16_000, 3_000_000)}
-_RUN_LENGTHS = np.array([128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 2**30])
+_GPUS = {True: _Gpu(264, 220, 50_000, 26_000_000), False: _Gpu(128, 64, 16_000, 3_000_000)}
+_RUN_LENGTHS = np.array(
+    [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 2**30]
+)
 
 
 def _run_length(lengths: np.ndarray, threadgroups: int, key_bytes: int) -> int:
@@ -386,7 +417,7 @@ def _run_length(lengths: np.ndarray, threadgroups: int, key_bytes: int) -> int:
     waste = np.maximum(0, gpu.enough - rest) * longest * (rest > 0)
     is_split = (runs > 1).any(axis=0)
     times = waste + waves * gpu.at_once * gpu.start + is_split * gpu.merge
-    return int(_RUN_LENGTHS[len(times) - 1 - np.argmin(times[::-1])])
+    return int(_RUN_LENGTHS[np.argmin(times)])
 
 
 def paged_attention(
@@ -411,71 +442,60 @@ def paged_attention(
         sinks: (heads,) a logit in each head's softmax that has no value.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
     """
-    _, kv_heads, block_size, k_dim = k_pool.shape
-    v_dim = v_pool.shape[3]
     heads = q.shape[1]
+    attend, merge = _attention_launches(
+        (q.dtype, heads, sinks is not None, softcap > 0),
+        (pool_kind(k_pool), v_pool.shape[3]),
+        (work.rows, work.max_rows, work.items, work.partial_rows),
+    )
+    floats = _floats(scale, softcap)
+    sinks = floats if sinks is None else _at_least_8(sinks)
+    out, stats = attend(q, k_pool, v_pool, *work.inputs, floats, sinks, fence)
+    if merge is None:
+        return out
+    return merge(out, stats, *work.merge_inputs, sinks, _ints(work.rows))[0]
+
+
+@lru_cache(1024)
+def _attention_launches(queries, pools, work) -> tuple[_Launch, _Launch | None]:
+    """The launch of paged_attention, and that of merge_partials if there is something to merge."""
+    dtype, heads, has_sinks, has_softcap = queries
+    ((kv_heads, block_size, k_dim), kv_dtype), v_dim = pools
+    rows, max_rows, items, partial_rows = work
     group = heads // kv_heads
-    shape = tiling(k_dim, v_dim, group * work.max_rows, k_pool.dtype.size, block_size, on_cuda())
+    shape = tiling(k_dim, v_dim, group * max_rows, kv_dtype.size, block_size, on_cuda())
+    out_dtype = mx.float32 if partial_rows else dtype
     template = {
-        "T": q.dtype,
-        "KV": k_pool.dtype,
-        "Out": mx.float32 if work.partial_rows else q.dtype,
+        "T": dtype,
+        "KV": kv_dtype,
+        "Out": out_dtype,
         "K_DIM": k_dim,
         "V_DIM": v_dim,
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "BLOCK_SIZE": block_size,
-        "QUERIES": shape.queries,
-        "PADDED_QUERIES": shape.padded_queries,
-        "LANES": shape.lanes,
-        "KEYS": shape.keys,
-        "K_WIDTH": shape.k_width,
-        "V_WIDTH": shape.v_width,
-        "SIMD_GROUPS": shape.simd_groups,
-        "SINKS": sinks is not None,
-        "SOFTCAP": softcap > 0,
-        "SPLIT": work.partial_rows > 0,
+        **{name.upper(): value for name, value in shape._asdict().items()},
+        "SINKS": has_sinks,
+        "SOFTCAP": has_softcap,
+        "SPLIT": partial_rows > 0,
     }
-    floats = _floats(scale, softcap)
-    sinks = floats if sinks is None else _at_least_8(sinks)
-    results = (work.partial_rows or work.rows, heads)
     threads = shape.simd_groups * 32
-    passes = -(-group * work.max_rows // shape.queries)
-    out, stats = _launch(
+    passes = -(-group * max_rows // shape.queries)
+    results = partial_rows or rows, heads
+    attend = _launch(
         "paged_attention",
-        [q, k_pool, v_pool, *work.inputs, floats, sinks, fence],
         template,
-        (work.items * threads, kv_heads * passes, 1),
+        (items * threads, kv_heads * passes, 1),
         threads,
-        [
-            ((*results, 1, v_dim), template["Out"]),
-            ((*results, 2), mx.float32),
-        ],
+        ((*results, 1, v_dim), out_dtype),
+        ((*results, 2), mx.float32),
     )
-    if not work.partial_rows:
-        return out
-    return _merge(out, stats, work, sinks, template)
-
-
-def _merge(partials, stats, work: Work, sinks, template: dict) -> mx.array:
-    heads = partials.shape[1]
-    simd_groups = 4
-    items = work.rows * heads
-    (out,) = _launch(
-        "merge_partials",
-        [partials, stats, *work.merge_inputs, sinks, _ints(work.rows)],
-        {
-            "T": template["T"],
-            "HEADS": heads,
-            "V_DIM": template["V_DIM"],
-            "SINKS": template["SINKS"],
-            "SIMD_GROUPS": simd_groups,
-        },
-        (-(-items // simd_groups) * simd_groups * 32, 1, 1),
-        simd_groups * 32,
-        [((work.rows, heads, 1, template["V_DIM"]), template["T"])],
-    )
-    return out
+    if not partial_rows:
+        return attend, None
+    template = {"T": dtype, "HEADS": heads, "V_DIM": v_dim, "SINKS": has_sinks, "SIMD_GROUPS": 4}
+    threadgroups = -(-rows * heads // 4)
+    out = (rows, heads, 1, v_dim), dtype
+    return attend, _launch("merge_partials", template, (threadgroups * 128, 1, 1), 128, out)
 
 
 def _at_least_8(array: mx.array) -> mx.array:
@@ -606,6 +626,7 @@ def attend_chunk(
 # -- as a backend --
 
 LOOK_AHEAD = 1
+_TABLE_WIDTH = 32
 
 
 class Step(layout.Step):
@@ -613,6 +634,9 @@ class Step(layout.Step):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        # A compiled function is good for one width.
+        more = -self.tables.shape[1] % _TABLE_WIDTH
+        self.tables = np.pad(self.tables, [(0, 0), (0, more)])
         slots = self.write_blocks * self.block_size + self.rows.positions % self.block_size
         self.slots = _padded(slots.astype(np.int32))
         self._work: dict[tuple, Work] = {}
@@ -625,6 +649,29 @@ class Step(layout.Step):
         if self._row_lengths is None:
             self._row_lengths = _padded(self.rows.positions + 1)
         return self._row_lengths
+
+    def prepare(self, kind: tuple, attention: tuple) -> None:
+        """Makes the metadata that layers will take which attend so: see `LayerCache.attention`."""
+        heads, _, window, _, _ = attention
+        self.work(window, *run_cost(*kind, heads))
+
+    def signature(self) -> tuple:
+        """What launches depend on, beside the shapes of `arrays`."""
+        return tuple((key, work[:4]) for key, work in self._work.items())
+
+    def arrays(self) -> list[mx.array]:
+        arrays = [self.slots]
+        for work in self._work.values():
+            arrays += [*work.inputs, *work.merge_inputs]
+        return arrays
+
+    def put(self, arrays: Iterator[mx.array]) -> None:
+        """Puts others in the place of `arrays`."""
+        self.slots = next(arrays)
+        for key, work in self._work.items():
+            inputs = [next(arrays) for _ in work.inputs]
+            merge_inputs = [next(arrays) for _ in work.merge_inputs]
+            self._work[key] = work._replace(inputs=inputs, merge_inputs=merge_inputs)
 
     def work(self, window: int | None, threadgroups: int, key_bytes: int) -> Work:
         """Of the sequences with a single row."""
@@ -663,25 +710,34 @@ class Pool:
         shape = (num_blocks + 1, spec.kv_heads, block_size)
         self.k = mx.zeros((*shape, spec.k_head_dim), spec.dtype)
         self.v = mx.zeros((*shape, spec.v_head_dim), spec.dtype)
-        self._fence = mx.zeros(_LEAST, mx.int32)
+        self.fence = mx.zeros(_LEAST, mx.int32)
+
+    @property
+    def kind(self) -> tuple[PoolKind, int]:
+        """Shape and dtype of the K pool but for its blocks, and the head size of V."""
+        return pool_kind(self.k), self.v.shape[3]
 
     def arrays(self) -> list[mx.array]:
-        return [self.k, self.v, self._fence]
+        return [self.k, self.v, self.fence]
+
+    def put(self, arrays: Iterator[mx.array]) -> None:
+        """Puts others in the place of `arrays`."""
+        self.k, self.v, self.fence = (next(arrays) for _ in range(3))
 
     def written(self) -> list[mx.array]:
         """What has to be evaluated in every step, so that its writes take place."""
-        return [self._fence]
+        return [self.fence]
 
     def write(self, step: Step, k: mx.array, v: mx.array, after: mx.array | None) -> None:
         """k and v: (T, kv_heads, 1, head_dim)"""
-        after = self._fence if after is None else after
-        self._fence = write(k, v, self.k, self.v, step.slots, after)
+        after = self.fence if after is None else after
+        self.fence = write(k, v, self.k, self.v, step.slots, after)
 
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
         """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
         rows, width = step.row_tables.shape
         shape = (rows, width, width * step.block_size)
-        return gather(self.k, self.v, step.row_tables, step.row_lengths, shape, self._fence)
+        return gather(self.k, self.v, step.row_tables, step.row_lengths, shape, self.fence)
 
     def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
         """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
@@ -690,15 +746,13 @@ class Pool:
         decoding = step.rows.num_decoding
         outs = []
         if decoding:
-            work = step.work(window, *run_cost(*pools, heads))
+            work = step.work(window, *run_cost(*self.kind, heads))
             part = q if decoding == rows else q[:decoding]
-            outs.append(paged_attention(part, *pools, work, self._fence, scale=scale, sinks=sinks))
+            outs.append(paged_attention(part, *pools, work, self.fence, scale=scale, sinks=sinks))
         if decoding < rows:
             for chunk in step.chunks(window, self._most_scores(heads)):
                 part = q[chunk.rows]
-                outs.append(
-                    attend_chunk(part, *pools, chunk, self._fence, scale=scale, sinks=sinks)
-                )
+                outs.append(attend_chunk(part, *pools, chunk, self.fence, scale=scale, sinks=sinks))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
     def _most_scores(self, heads: int) -> int:

@@ -58,6 +58,8 @@ class Forward:
 
     positions: mx.array | None = None  # (T,)
     steps: list[Step] = field(default_factory=list)  # one per cache group
+    fetches: bool = True
+    """Whether a layer gives its K and V, or only something that stands for them."""
     after: mx.array | None = None
     """What comes after every read of the forward before: no write may overtake it."""
 
@@ -102,7 +104,8 @@ class LayerCache:
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        k, v = self.pool.fetch(self.step)
+        fetches = self._forward.fetches
+        k, v = self.pool.fetch(self.step) if fetches else self.step.unread(self.spec)
         return Tagged.of(k, self), Tagged.of(v, self)
 
     def is_trimmable(self) -> bool:
@@ -128,15 +131,18 @@ class KVCache:
         num_blocks: list[int],
         block_size: int,
         backend: ModuleType = reference,
+        *,
+        fetches: bool = True,
     ):
         """`num_blocks` has one entry per cache group, in the order of `windows(specs)`. `backend`
         is `reference` or `kernels`: its `Pool` holds a layer, its `Step` the metadata, and
-        `LOOK_AHEAD` says how many steps may be dispatched before the results of one are read."""
+        `LOOK_AHEAD` says how many steps may be dispatched before the results of one are read.
+        Without `fetches`, a model has to hand on the K and V that it gets, unread."""
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.windows = windows(specs)
         self._backend = backend
-        self._forward = Forward()
+        self._forward = Forward(fetches=fetches)
         groups = [self.windows.index(spec.window) for spec in specs]
         self.layers = [
             LayerCache(
@@ -161,7 +167,51 @@ class KVCache:
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""
         if self._backend.LOOK_AHEAD:
-            self._forward.after = after
+            self._forward.after = after[:1]  # of the same shape, however many rows
+
+    # -- for a compiled forward, whose inputs and outputs must be named --
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether this forward could be one of a compiled function: on a GPU, in a decode."""
+        forward = self._forward
+        is_decode = all(step.rows.num_decoding == len(step.rows.contexts) for step in forward.steps)
+        attentions = all(layer.attention is not None for layer in self.layers)
+        return forward.after is not None and is_decode and attentions
+
+    def signature(self) -> tuple:
+        """What is fixed in a compiled forward beside the shapes of its inputs."""
+        attentions = [(layer.step, layer.pool.kind, layer.attention) for layer in self.layers]
+        for step, kind, attention in dict.fromkeys(attentions):
+            step.prepare(kind, attention)
+        return tuple(step.signature() for step in self._forward.steps)
+
+    def inputs(self) -> list[mx.array]:
+        """All that a forward reads beside its tokens and the weights."""
+        arrays = [self._forward.positions, self._forward.after]
+        for part in self._parts():
+            arrays += part.arrays()
+        return arrays
+
+    def put(self, arrays: list[mx.array]) -> None:
+        """Puts others in the place of `inputs`."""
+        self._forward.positions, self._forward.after, *arrays = arrays
+        rest = iter(arrays)
+        for part in self._parts():
+            part.put(rest)
+
+    def _parts(self) -> list:
+        return [*self._forward.steps, *(layer.pool for layer in self.layers)]
+
+    def outputs(self) -> list[mx.array]:
+        """All that a forward leaves for the next one."""
+        return self.written()
+
+    def take(self, outputs: list[mx.array]) -> None:
+        """Takes what a compiled forward has left in the place of `outputs`."""
+        *fences, self._forward.after = outputs
+        for layer, fence in zip(self.layers, fences, strict=True):
+            layer.pool.fence = fence
 
     def written(self) -> list[mx.array]:
         """What has to be evaluated in every step: a write that nobody asks for never runs."""

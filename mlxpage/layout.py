@@ -58,6 +58,7 @@ class Step:
         assert self.write_blocks.all(), "a row has no block to be written to"
         self._owners = owners
         self._row_tables: mx.array | None = None
+        self._unread: dict[LayerSpec, tuple[mx.array, mx.array]] = {}
 
     @property
     def row_tables(self) -> mx.array:
@@ -65,6 +66,18 @@ class Step:
         if self._row_tables is None:
             self._row_tables = mx.take(mx.array(self.tables), mx.array(self._owners), axis=0)
         return self._row_tables
+
+    def unread(self, spec: LayerSpec) -> tuple[mx.array, mx.array]:
+        """Stands for K and V (T, kv_heads, M * block_size, head_dim) that are only handed on: they
+        are NaN, so a model that does anything else with them gives no numbers at all."""
+        if spec not in self._unread:
+            shape = len(self.rows.positions), spec.kv_heads, self.tables.shape[1] * self.block_size
+            nan = mx.array(float("nan"), spec.dtype)
+            self._unread[spec] = (
+                mx.broadcast_to(nan, (*shape, spec.k_head_dim)),
+                mx.broadcast_to(nan, (*shape, spec.v_head_dim)),
+            )
+        return self._unread[spec]
 
     def row_mask(self, window: int | None) -> mx.array:
         """(T, 1, 1, M * block_size) bool, lazy: what each row may read of its own table."""

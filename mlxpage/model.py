@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
 
 from mlxpage import seam
 from mlxpage.backend import device, mlx_lm_utils, mx
+from mlxpage.compiled import Compiled
 from mlxpage.errors import EngineError, InvalidModel, MlxpageError, UnsupportedModel
 from mlxpage.kv_cache import KVCache
 from mlxpage.layout import LayerSpec, Rows
@@ -43,7 +45,9 @@ class Model:
         self.specs = _layer_specs(module, self.family)
         self.vocab_size, self.logits_dtype = _logits(module)
         self.context_length = _context_length(config)
-        self.cache: KVCache | None = None
+        self.bind(None)
+        self.fetches = True
+        """Whether the model needs K and V as arrays: the self-check finds out."""
         self._wanted = _WantedRows()
         self._gathers_rows = _gather_rows_of_backbone(module, self._wanted)
         self._hooked: int | None = None
@@ -59,8 +63,9 @@ class Model:
         """Whether the head runs only for the sampled rows; else logits of all rows exist once."""
         return self._gathers_rows
 
-    def bind(self, cache: KVCache) -> None:
+    def bind(self, cache: KVCache | None) -> None:
         self.cache = cache
+        self._compiled = Compiled()
 
     def __call__(self, rows: Rows) -> mx.array:
         """One forward: writes the rows' K and V, returns the logits (R, vocab) of `sample_rows`.
@@ -70,10 +75,17 @@ class Model:
         self.cache.begin(rows)
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
         wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
-        self._wanted.rows = mx.array(wanted)
+        every = len(wanted) == len(rows.positions) and (np.diff(wanted) == 1).all()
+        self._wanted.rows = ... if every else mx.array(wanted)
+        tokens = rows.tokens if isinstance(rows.tokens, mx.array) else mx.array(rows.tokens)
+        if every and self.cache.may_compile:
+            return self._compiled(self._forward, self.cache, tokens)
+        return self._forward(tokens)[: len(rows.sample_rows)]
+
+    def _forward(self, tokens: mx.array) -> mx.array:
+        """Logits (R, vocab) of the wanted rows."""
         before = self._num_attended()
         try:
-            tokens = rows.tokens if isinstance(rows.tokens, mx.array) else mx.array(rows.tokens)
             logits = self.module(tokens[:, None], cache=self.cache.layers)
             self.cache.end(logits if self._wanted.hidden is None else self._wanted.hidden)
             if not self._gathers_rows:
@@ -81,7 +93,7 @@ class Model:
         finally:
             self._wanted.rows = self._wanted.hidden = None
         self._check_hooked(self._num_attended() - before)
-        return logits[: len(rows.sample_rows), -1]
+        return logits[:, -1]
 
     def _num_attended(self) -> int:
         return sum(layer.num_attended for layer in self.cache.layers)
@@ -219,7 +231,7 @@ class _WantedRows:
     """What a backbone knows of its Model: with the Model itself, weights and pool would hold each
     other until Python's collector ran."""
 
-    rows: mx.array | None = None
+    rows: mx.array | EllipsisType | None = None
     hidden: mx.array | None = None
     """What the backbone gave, of all rows: it comes after all of the layers' reads."""
 

@@ -76,8 +76,9 @@ def logprobs(logits: mx.array, tokens: mx.array, top: int) -> tuple[mx.array, mx
     logits = logits.astype(mx.float32)
     logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    if top == 0:
-        return chosen, mx.zeros((len(tokens), 0), mx.int32), mx.zeros((len(tokens), 0))
+    if top == 0:  # arrays that are there already: CUDA can't compute empty ones
+        nothing = np.zeros((len(tokens), 0))
+        return chosen, mx.array(nothing.astype(np.int32)), mx.array(nothing.astype(np.float32))
     ids = mx.argpartition(logits, -top, axis=-1)[:, -top:]
     values = mx.take_along_axis(logits, ids, axis=-1)
     order = mx.argsort(-values, axis=-1)

@@ -21,6 +21,7 @@ MODULES = {
     "metal": {
         "backend",
         "choice",
+        "compiled",
         "kernels",
         "kv_cache",
         "layout",

@@ -1,0 +1,240 @@
+"""Decode steps of the whole engine on a GPU, against mlx-lm's own, and where their time goes.
+
+Why: a decode step of a large model reads its weights once, so it should take as long as that. What
+it takes longer is the host's: building the graph, dispatching it, scheduling and sampling.
+
+    python benchmarks/decode.py [--batches 1 8 32 64] [--context 1000] [--steps 60]
+
+The model has the shape of Llama 3 8B and random weights in bfloat16. Arms, in one process: this
+engine through `Engine.step`; mlx-lm's own caches, as its generation loop drives them; and the same
+model with attention removed, which is what MLX and mlx-lm alone cost. The last line is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+
+import numpy as np
+
+from mlxpage import choice, memory
+from mlxpage.backend import device, mlx_lm_utils, mx
+from mlxpage.engine import Engine
+from mlxpage.model import Model
+from mlxpage.sampling_params import SamplingParams
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+}
+
+
+class NoText:
+    """A tokenizer for token ids alone."""
+
+    eos_token_ids = frozenset()
+
+    def stream(self, stop, skip_special_tokens):
+        return self
+
+    stopped = False
+
+    def add(self, token):
+        return ""
+
+    def finish(self):
+        return ""
+
+
+def make_model(layers: int) -> Model:
+    mlx_lm_utils()
+    from mlx_lm.models import llama
+
+    config = LLAMA_8B | {"num_hidden_layers": layers}
+    module = llama.Model(llama.ModelArgs.from_dict(config))
+    module.set_dtype(mx.bfloat16)
+    mx.eval(module.parameters())
+    return Model(module, config)
+
+
+def ours(model, batch, context, steps, backend) -> dict:
+    blocks = batch * (-(-(context + steps + 40) // 16))
+    limits = {"max_num_seqs": batch, "max_num_batched_tokens": max(2048, batch)}
+    plan = memory.plan(model, memory="95%", num_blocks=blocks, **limits)
+    engine = Engine(model, NoText(), plan, seed=0, backend=backend, **limits)
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=0, max_tokens=steps + 30, ignore_eos=True)
+    for _ in range(batch):
+        prompt = rng.integers(0, model.vocab_size, context).tolist()
+        engine.add(engine.request(prompt, params, lambda event: None))
+    while any(seq.num_computed_tokens < context + 8 for seq in engine.scheduler.running) or (
+        len(engine.scheduler.running) < batch
+    ):
+        engine.step()
+    mx.synchronize()
+    parts = _Parts(engine, model)
+    mx.reset_peak_memory()
+    base = mx.get_active_memory()
+    with parts:
+        times = _timed(engine.step, steps - 20)
+    peak = mx.get_peak_memory() - base
+    engine.close()
+    model.bind(None)
+    mx.clear_cache()
+    return _row(times, batch) | {"host ms": parts.means(), "peak over start MB": round(peak / 1e6)}
+
+
+class _Parts:
+    """Times of what a step does on the host."""
+
+    def __init__(self, engine, model):
+        from mlxpage.batch import Batch
+
+        self.seconds: dict[str, list[float]] = {}
+        self._patched = [
+            (engine.scheduler, "schedule", "schedule"),
+            (Batch, "of", "batch"),
+            (type(model), "__call__", "build"),
+            (mx, "async_eval", "dispatch"),
+            (engine, "_collect", "collect"),
+        ]
+
+    def __enter__(self):
+        self._stack = contextlib.ExitStack()
+        for owner, name, label in self._patched:
+            original = getattr(owner, name)
+            setattr(owner, name, self._timing(original, label))
+            self._stack.callback(setattr, owner, name, original)
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def _timing(self, function, label):
+        spent = self.seconds.setdefault(label, [])
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent.append(time.perf_counter() - start)
+            return result
+
+        return timed
+
+    def means(self) -> dict:
+        return {k: round(statistics.mean(v) * 1e3, 3) for k, v in self.seconds.items() if v}
+
+
+def mlx_lm(model, batch, context, steps) -> dict:
+    """Its caches, filled at random, and the loop of its `generate_step`."""
+    from mlx_lm.models.cache import BatchKVCache, KVCache
+
+    caches = []
+    for spec in model.specs:
+        cache = BatchKVCache([0] * batch) if batch > 1 else KVCache()
+        shape = (batch, spec.kv_heads, context, spec.k_head_dim)
+        cache.update_and_fetch(*(mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2)))
+        mx.eval(cache.keys, cache.values)
+        caches.append(cache)
+    mx.reset_peak_memory()
+    base = mx.get_active_memory()
+    times = _loop(lambda y: model.module(y, cache=caches), model, batch, steps)
+    peak = mx.get_peak_memory() - base
+    return _row(times, batch) | {"peak over start MB": round(peak / 1e6)}
+
+
+def without_attention(model, batch, context, steps) -> dict:
+    """Each layer's attention gives its queries back; no cache is kept."""
+
+    class Nothing:
+        offset = mx.full((batch,), context, mx.int32)
+
+        def make_mask(self, *_, **__):
+            return None
+
+        def update_and_fetch(self, k, v):
+            return k, v
+
+    caches = [Nothing()] * len(model.specs)
+    original = mx.fast.scaled_dot_product_attention
+    mx.fast.scaled_dot_product_attention = lambda q, k, v, **_: q
+    try:
+        return _row(_loop(lambda y: model.module(y, cache=caches), model, batch, steps), batch)
+    finally:
+        mx.fast.scaled_dot_product_attention = original
+
+
+def _loop(forward, model, batch, steps) -> list[float]:
+    y = mx.zeros((batch, 1), mx.int32)
+    previous = None
+
+    def step():
+        nonlocal y, previous
+        y = mx.argmax(forward(y)[:, -1], axis=-1)[:, None]
+        mx.async_eval(y)
+        if previous is not None:
+            previous.tolist()
+        previous = y
+
+    _timed(step, 10)
+    return _timed(step, steps - 20)
+
+
+def _timed(step, count) -> list[float]:
+    times = []
+    last = time.perf_counter()
+    for _ in range(count):
+        step()
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    return times
+
+
+def _row(times, batch) -> dict:
+    mean = statistics.mean(times)
+    return {
+        "step ms": round(mean * 1e3, 3),
+        "median ms": round(statistics.median(times) * 1e3, 3),
+        "tok/s": round(batch / mean, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--context", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--layers", type=int, default=32)
+    args = parser.parse_args()
+    backend = choice.wanted()
+    model = make_model(args.layers)
+    record = {"device": device().name, "mlx": mx.__version__, "backend": backend.name}
+    record |= {"context": args.context, "layers": args.layers, "batches": {}}
+    print(f"{device().name}, MLX {mx.__version__}, {model.nbytes / 1e9:.1f} GB of weights")
+    for batch in args.batches:
+        arms = {
+            "ours": ours(model, batch, args.context, args.steps, backend),
+            "mlx-lm": mlx_lm(model, batch, args.context, args.steps),
+            "no attention": without_attention(model, batch, args.context, args.steps),
+        }
+        record["batches"][batch] = arms
+        for name, row in arms.items():
+            print(f"batch {batch:3} {name:13} {row}", flush=True)
+        mx.clear_cache()
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
