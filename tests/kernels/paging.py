@@ -1,0 +1,190 @@
+"""Random cases for the kernels, what is exact for them, and the kernels run on them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import metal_sim
+import numpy as np
+from metal.test_reference import Case, make
+
+from mlxpage import kernels
+from mlxpage.backend import mx
+
+# Of the norm, over inputs that are rounded to the type first.
+TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
+ONE_RUN = 2**30
+FENCE = mx.zeros(8, mx.int32)
+
+
+@contextmanager
+def fresh_kernels() -> Iterator[None]:
+    """Kernels are made anew, of whatever `mx.fast.metal_kernel` and the texts are now, and may
+    write to their pools."""
+    forget()
+    try:
+        with metal_sim.options(writable=("k_pool", "v_pool")):
+            yield
+    finally:
+        forget()
+
+
+def forget(but: tuple = ()) -> None:
+    for name, function in vars(kernels).items():
+        if hasattr(function, "cache_clear") and name not in but:
+            function.cache_clear()
+
+
+@contextmanager
+def cut(run_length: int = ONE_RUN, cuda: bool = False) -> Iterator[None]:
+    """How keys are cut into runs, and which GPU's tiling is taken."""
+    tiling = kernels.tiling
+    with ExitStack() as stack:
+        stack.callback(forget, but=("_kernel",))
+        for name, function in {
+            "_run_length": lambda *_: run_length,
+            "tiling": lambda *arguments: tiling(*arguments[:-1], cuda),
+        }.items():
+            stack.enter_context(patch.object(kernels, name, function))
+        forget(but=("_kernel",))
+        yield
+
+
+@contextmanager
+def text_changed(file: str, old: str, new: str) -> Iterator[None]:
+    """Kernels are made of another text."""
+    text = kernels._text
+
+    def changed(name: str) -> str:
+        return text(name).replace(old, new) if name == file else text(name)
+
+    with patch.object(kernels, "_text", changed):
+        kernels._kernel.cache_clear()
+        try:
+            yield
+        finally:
+            kernels._kernel.cache_clear()
+
+
+# -- cases --
+
+
+def cover(
+    values: dict[str, list], strength: int, allowed: Callable[[dict], bool]
+) -> list[dict[str, object]]:
+    """Settings in which every `strength` values of different names come together, if allowed."""
+    missing = {
+        chosen: None
+        for names in itertools.combinations(values, strength)
+        for chosen in itertools.product(*([(name, v) for v in values[name]] for name in names))
+        if allowed(dict(chosen))
+    }
+    order, rng = list(values), random.Random(0)
+    settings = []
+    while missing:
+        setting = dict(next(iter(missing)))
+        for name in sorted(set(values) - set(setting), key=lambda n: (-len(values[n]), n)):
+            choices = [value for value in values[name] if allowed({**setting, name: value})]
+            rng.shuffle(choices)
+            met = [
+                sum(1 for _ in _met(setting, name, v, strength, order, missing)) for v in choices
+            ]
+            setting[name] = choices[int(np.argmax(met))]
+        for chosen in itertools.combinations([(n, setting[n]) for n in order], strength):
+            missing.pop(chosen, None)
+        settings.append({name: setting[name] for name in order})
+    return settings
+
+
+def _met(setting: dict, name: str, value, strength: int, order: list[str], missing) -> Iterator:
+    """What is still missing of the combinations that a value completes."""
+    for others in itertools.combinations(setting, strength - 1):
+        names = sorted([*others, name], key=order.index)
+        chosen = tuple((n, value if n == name else setting[n]) for n in names)
+        if chosen in missing:
+            yield chosen
+
+
+def rounded(array: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """In float64, as near as `dtype` comes."""
+    return np.array(mx.array(array.astype(np.float32)).astype(dtype).astype(mx.float32), np.float64)
+
+
+def rounded_case(case: Case, dtype: mx.Dtype, kv_dtype: mx.Dtype) -> Case:
+    """A case whose numbers these types hold."""
+    return replace(
+        case,
+        q=rounded(case.q, dtype),
+        keys=[rounded(keys, kv_dtype) for keys in case.keys],
+        values=[rounded(values, kv_dtype) for values in case.values],
+        sinks=None if case.sinks is None else rounded(case.sinks, dtype),
+    )
+
+
+def case(rng, sequences, dtype=mx.float32, kv_dtype=None, **options) -> Case:
+    """`make` with rounded numbers, and with NaN wherever nothing may be read."""
+    made = make(rng, sequences, garbage=np.nan, **options)
+    return rounded_case(made, dtype, kv_dtype or dtype)
+
+
+def exact(case: Case, softcap: float = 0.0) -> np.ndarray:
+    """The definition in float64, a row of all heads at a time: (T, heads, v_dim)."""
+    heads, kv_heads = case.q.shape[1], case.keys[0].shape[1]
+    out = []
+    for (context, rows), keys, values in zip(case.sequences, case.keys, case.values, strict=True):
+        for position in range(context - rows, context):
+            first = 0 if case.window is None else max(0, position - case.window + 1)
+            q = case.q[len(out)].reshape(kv_heads, heads // kv_heads, -1)
+            scores = case.scale * q @ keys[first : position + 1].transpose(1, 2, 0)
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
+            sinks = np.full(heads, -np.inf) if case.sinks is None else case.sinks
+            sinks = sinks.reshape(kv_heads, -1, 1)
+            largest = np.maximum(scores.max(axis=-1, keepdims=True), sinks)
+            weights = np.exp(scores - largest)
+            total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks - largest)
+            attended = weights @ values[first : position + 1].swapaxes(0, 1) / total
+            out.append(attended.reshape(heads, -1))
+    return np.array(out)
+
+
+# -- the kernels --
+
+
+def array(values: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    return mx.array(values.astype(np.float32)).astype(dtype)
+
+
+def floats(result: mx.array) -> np.ndarray:
+    return np.array(result.astype(mx.float32), np.float64)
+
+
+def attended(
+    case: Case, dtype: mx.Dtype, kv_dtype: mx.Dtype, *, softcap: float = 0.0, split: bool = False
+) -> np.ndarray:
+    """What `kernels.paged_attention` makes of a case."""
+    work = kernels.plan_work(
+        case.starts, case.contexts, case.tables, case.block_size, case.window, 1, 1
+    )
+    assert (work.partial_rows > 0) == split, "the case has as many runs as it is meant to have"
+    out = kernels.paged_attention(
+        array(case.q, dtype)[:, :, None],
+        array(case.k_pool, kv_dtype),
+        array(case.v_pool, kv_dtype),
+        work,
+        FENCE,
+        scale=case.scale,
+        sinks=None if case.sinks is None else array(case.sinks, dtype),
+        softcap=softcap,
+    )
+    assert out.dtype == dtype
+    return floats(out[:, :, 0])
+
+
+def error(out: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
