@@ -1,0 +1,161 @@
+# ruff: noqa: E501
+"""Kernels with a mistake are found out: each of these texts fails a few small cases.
+
+A mutant that nothing catches says that a check is missing, in the cases or in the simulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+
+import metal_sim
+import numpy as np
+import paging
+import pytest
+import test_moving
+from paging import ONE_RUN, TOLERANCE
+
+from mlxpage import kernels
+from mlxpage.backend import mx
+
+ATTENTION, MERGE, COMMON = "paged_attention.metal", "merge_partials.metal", "common.h"
+WRITE, GATHER, COPY = "write_kv.metal", "gather_blocks.metal", "copy_blocks.metal"
+
+# (text, what is there, what stands there instead)
+MUTANTS = [
+    (ATTENTION, "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    (ATTENTION, "at <= last_key && at > first_key", "at <= last_key"),
+    (ATTENTION, "total *= factor;", ""),
+    (ATTENTION, "const long at = block_start + min(key + i, end - 1)", "const long at = block_start + key + i"),
+    (ATTENTION, "if (simd_any(new_largest > largest)) {", "if (new_largest > largest) {"),
+    (MERGE, "if (row >= ints[0]) {", "if (row > ints[0]) {"),
+    (MERGE, "SINKS && lane == 0 ?", "SINKS ?"),
+    (WRITE, "if (row >= ints[0]) {", "if (row > ints[0]) {"),
+    (GATHER, "const bool exists = position < lengths[sequence];", "const bool exists = true;"),
+    (COMMON, "to[1] = as_type<float>(word & 0xffff0000u);", "to[1] = as_type<float>(word);"),
+    (ATTENTION, "const int last_key = min(position, end - 1);", "const int last_key = position;"),
+    (ATTENTION, "const int first_key = position - window;", "const int first_key = position - window + 1;"),
+    (ATTENTION, "const int position = context - rows +", "const int position = context - 1 +"),
+    (ATTENTION, "const int lane = simd_lane % LANES;", "const int lane = simd_lane;"),
+    (ATTENTION, "constexpr int STRIDE = SIMD_GROUPS * STEP;", "constexpr int STRIDE = STEP;"),
+    (ATTENTION, "step < end; step += STRIDE", "step + STEP < end; step += STRIDE"),
+    (ATTENTION, "sum += queries[j < QUERIES ? j : 0][e] * elements[e];", "sum += queries[0][e] * elements[e];"),
+    (ATTENTION, "const bool upper = (lane & mask) != 0;", "const bool upper = (lane & mask) == 0;"),
+    (ATTENTION, "scores[0] += simd_shuffle_xor(scores[0], ushort(mask));", ""),
+    (ATTENTION, "sums[i][j] *= of_query;", ""),
+    (ATTENTION, "simd_shuffle(factor, ushort(i * QUERY_LANES))", "simd_shuffle(factor, ushort(i))"),
+    (ATTENTION, "score / OWN * COPIES);", "score / OWN);"),
+    (ATTENTION, "largest = new_largest;", ""),
+    (ATTENTION, "scores[i] = fast::exp2(scores[i] - largest);", "scores[i] = fast::exp2(scores[i]);"),
+    (ATTENTION, "next_key = min(next_key + STRIDE, end - 1);", ""),
+    (ATTENTION, "next_block = table[next_key / BLOCK_SIZE];\n}", "}"),
+    (ATTENTION, "for (int mask = COPIES; mask < QUERY_LANES; mask *= 2) {", "for (int mask = 1; mask < QUERY_LANES; mask *= 2) {"),
+    (ATTENTION, "if (key_group == 0 && lane % QUERY_LANES == 0) {", "if (lane % QUERY_LANES == 0) {"),
+    (ATTENTION, "group_sums[SIMD_GROUPS * QUERIES * V_DIM];", "group_sums[SIMD_GROUPS * QUERIES * V_DIM - 4];"),
+    (ATTENTION, "i < min(QUERIES, num_queries) * V_DIM", "i < QUERIES * V_DIM"),
+    (ATTENTION, "i < min(QUERIES, num_queries) * V_DIM", "i < min(QUERIES, num_queries) * V_DIM - 1"),
+    (ATTENTION, "all_total += weight * group_total", "all_total += group_total"),
+    (ATTENTION, "SINKS && !SPLIT ? fast::exp2(sink - all_largest) : 0.0f;", "0.0f;"),
+    (ATTENTION, "(SPLIT ? partial_start : row_start)", "row_start"),
+    (ATTENTION, "floats[1] * mlxpage::LOG2_E * tanh(scores[i])", "mlxpage::LOG2_E * tanh(scores[i])"),
+    (ATTENTION, "if (num_queries <= 0) {", "if (num_queries <= 0 && simd_group > 0) {"),
+    (MERGE, "const long stride = long(rows) * HEADS;", "const long stride = HEADS;"),
+    (MERGE, "run < runs; run++", "run + 1 < runs; run++"),
+    (MERGE, "fast::exp2(stats[at] - largest) * stats[at + 1]", "stats[at + 1]"),
+    (MERGE, "if (element < V_DIM) {", "if (element <= V_DIM) {"),
+    (WRITE, "fence[index] = 1;", ""),
+    (WRITE, "+ slot % BLOCK_SIZE;", "+ slot % BLOCK_SIZE + 1;"),
+    (WRITE, "(device uint*)(v_pool + to * V_DIM + start)", "(device uint*)(v_pool + to * K_DIM + start)"),
+    (WRITE, "const int head = index / PIECES % KV_HEADS;", "const int head = index / PIECES % (KV_HEADS + 1);"),
+    (GATHER, "const int column = exists ? position / BLOCK_SIZE : 0;", "const int column = position / BLOCK_SIZE + 1;"),
+    (GATHER, "if (sequence >= ints[2]) {", "if (sequence > ints[2]) {"),
+    (COPY, "const long size = long(PIECES - K_PIECES) * WIDTH;", "const long size = long(K_PIECES) * WIDTH;"),
+    (COPY, "if (copy >= ints[0]) {", "if (copy > ints[0]) {"),
+    (COMMON, "words[3] = v.w;", "words[3] = v.z;"),
+    (COMMON, "to[0] = as_type<float>(word << 16);", "to[0] = as_type<float>(word << 15);"),
+    (COMMON, "(piece * LANES + lane) * WIDTH)", "(piece * LANES + lane) * WIDTH + 1)"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_kernels(metal):
+    with paging.fresh_kernels():
+        yield
+
+
+F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
+# (sequences, options, dtypes of queries and pool, length of runs, CUDA's tiling, softcap)
+CASES = [
+    ([(1, 1), (17, 1), (200, 1)], {"heads": (2, 3, 64, 32)}, (F32, F32), ONE_RUN, False, 0),
+    ([(193, 1), (65, 2), (300, 4)], {"heads": (2, 3, 64, 80), "sinks": True}, (F32, F32), 64, False, 0),
+    ([(90, 1), (50, 3)], {"heads": (1, 2, 64, 64), "window": 13}, (F16, F16), ONE_RUN, True, 0),
+    ([(90, 1), (150, 2)], {"heads": (2, 1, 80, 80), "sinks": True}, (F32, BF16), ONE_RUN, True, 1.5),
+    ([(70, 1), (33, 2)], {"heads": (1, 12, 128, 128), "block_size": 32}, (BF16, BF16), ONE_RUN, True, 0),
+    ([(150, 1)], {"heads": (1, 1, 64, 64)}, (BF16, BF16), 48, True, 0),
+]  # fmt: skip
+
+
+def check_attention() -> None:
+    for sequences, options, dtypes, run, cuda, softcap in CASES:
+        case = paging.case(np.random.default_rng(0), sequences, *dtypes, **options)
+        with paging.cut(run, cuda):
+            out = paging.attended(case, *dtypes, softcap=softcap, split=run < ONE_RUN)
+        assert paging.error(out, paging.exact(case, softcap)) < TOLERANCE[dtypes[0]]
+
+
+def check_moving() -> None:
+    wide, narrow = (3, 80, 96, 32), (2, 18, 16, 16)
+    for dtype, shape in ((F32, wide), (BF16, wide), (F32, narrow), (BF16, narrow)):
+        test_moving.test_rows_land_in_their_slots_and_nowhere_else(shape, dtype, 5, None)
+        test_moving.test_a_gathered_sequence_is_in_order_and_zero_behind_its_end(
+            shape, dtype, [16, 40, 33], None
+        )
+        test_moving.test_copied_blocks_are_the_same_and_the_others_are_as_they_were(
+            shape, dtype, [(3, 4), (3, 5), (6, 1), (7, 12), (9, 8)], None
+        )
+
+
+def check() -> None:
+    check_moving()
+    check_attention()
+
+
+def test_the_texts_as_they_are_pass():
+    check()
+
+
+def test_the_cases_run_every_line_of_every_text():
+    with metal_sim.coverage() as covered:
+        check()
+    assert len(covered.files) == 10, "five bodies, each with a header"
+    # The header is common to all, so what one of them runs is run.
+    headers = {file for file in covered.files if file.endswith(".h.metal")}
+    missing = covered.missing()
+    by_line = Counter(line.line for line in missing if line.file in headers)
+    never = [line for line in missing if line.file not in headers or by_line[line.line] == 5]
+    assert not never, covered.report()
+
+
+@pytest.mark.parametrize("file, old, new", MUTANTS, ids=lambda text: str(text)[:60])
+def test_a_mutant_changes_one_place(file, old, new):
+    assert kernels._text(file).count(old) == 1
+    assert old != new
+
+
+def is_caught(file: str, old: str, new: str) -> bool:
+    with paging.text_changed(file, old, new), contextlib.ExitStack() as stack:
+        stack.enter_context(metal_sim.options(writable=("k_pool", "v_pool"), max_seconds=20))
+        paging.forget()
+        try:
+            check()
+        except (AssertionError, metal_sim.SimulatorError):
+            return True
+        finally:
+            paging.forget()
+    return False
+
+
+@pytest.mark.parametrize("file, old, new", MUTANTS, ids=lambda text: str(text)[:60])
+def test_a_mutant_is_caught(file, old, new):
+    assert is_caught(file, old, new)
