@@ -1,0 +1,216 @@
+"""The whole engine on the kernels: the same tokens as on the reference, or the reference itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import paging
+import pytest
+import serving
+import tiny_models
+
+from mlxpage import choice, kernels, memory, reference, self_check
+from mlxpage.engine import Engine
+from mlxpage.errors import InvalidRequest, UnsupportedModel
+from mlxpage.sampling_params import SamplingParams
+
+ON_KERNELS = choice.Backend("metal", kernels, "the tests")
+MODELS = {
+    "llama": {"hidden_size": 128},
+    "gemma3_text": {"head_dim": 32},
+    "gpt_oss": {"head_dim": 32},
+    "qwen3": {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2},
+}
+LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
+
+
+@pytest.fixture(autouse=True)
+def fresh_kernels(metal):
+    with paging.fresh_kernels():
+        yield
+
+
+def engine(model, backend, num_blocks=40) -> Engine:
+    plan = memory.plan(model, num_blocks=num_blocks, **LIMITS)
+    return Engine(model, serving.ByteTokenizer(), plan, seed=0, backend=backend, **LIMITS)
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in (1, 17, 100, 5, 64, 33)]
+
+
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=30, logprobs=0),
+    SamplingParams(temperature=1, max_tokens=30, seed=1, logprobs=0),
+    SamplingParams(temperature=0, max_tokens=1, logprobs=0),
+    SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3, logprobs=0),
+    SamplingParams(temperature=1, max_tokens=30, seed=3, top_p=0.9, logprobs=0),
+    SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=1, logprobs=0),
+]
+
+
+@pytest.mark.parametrize("num_blocks", [40, 11], ids=["roomy", "crowded"])
+@pytest.mark.parametrize("family", MODELS)
+def test_the_kernels_serve_the_tokens_of_the_reference(family, num_blocks):
+    model = tiny_models.make(family, **MODELS[family])
+    results = []
+    for backend in (choice.REFERENCE, ON_KERNELS):
+        served = engine(model, backend, num_blocks)
+        results.append(serving.serve(served, prompts(), PARAMS))
+        assert served.stats()["failed_steps"] == 0
+        assert served.stats()["backend"]["name"] == backend.name
+    for expected, output in zip(*results, strict=True):
+        assert output.token_ids == expected.token_ids
+        for ours, theirs in zip(output.logprobs, expected.logprobs, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_kernels_pass_their_check_on_a_models_shapes(family):
+    model = tiny_models.make(family, **MODELS[family])
+    self_check.check_kernels(model, 16)
+    self_check.check(model, 16, backend=kernels)
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("paged_attention.metal", "at > first_key", "at >= first_key"),
+        ("merge_partials.metal", "run < runs; run++", "run + 1 < runs; run++"),
+        ("write_kv.metal", "+ slot % BLOCK_SIZE;", "+ (slot + 1) % BLOCK_SIZE;"),
+        ("gather_blocks.metal", "position / BLOCK_SIZE : 0", "0 : 0"),
+    ],
+)
+def test_kernels_that_give_something_else_fail_their_check(file, old, new):
+    model = tiny_models.make("gemma3_text", head_dim=32)
+    assert kernels._text(file).count(old) == 1
+    with paging.text_changed(file, old, new):
+        paging.forget()
+        with pytest.raises(UnsupportedModel, match="differs from the reference by"):
+            self_check.check_kernels(model, 16)
+
+
+@pytest.mark.parametrize("new", ["at >= first_key", "this is no Metal"])
+def test_broken_kernels_are_told_once_and_the_reference_serves(monkeypatch, new):
+    monkeypatch.setattr(choice, "wanted", lambda name: ON_KERNELS)
+    model = tiny_models.make("gemma3_text", head_dim=32)
+    expected = serving.serve(engine(model, choice.REFERENCE), prompts(), PARAMS[0])
+    told = []
+    with paging.text_changed("paged_attention.metal", "at > first_key", new):
+        paging.forget()
+        backend = choice.checked(model, 16, None, told.append)
+        outputs = serving.serve(engine(model, backend), prompts(), PARAMS[0])
+    assert (backend.name, backend.ops) == ("reference", reference)
+    assert len(told) == 1 and "the metal kernels failed" in told[0]
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+
+
+def test_without_anyone_to_tell_it_is_a_warning(monkeypatch):
+    monkeypatch.setattr(choice, "wanted", lambda name: ON_KERNELS)
+    model = tiny_models.make("gemma3_text", head_dim=32)
+    with paging.text_changed("paged_attention.metal", "at > first_key", "at >= first_key"):
+        paging.forget()
+        with pytest.warns(RuntimeWarning, match="reference backend serves instead") as warned:
+            choice.checked(model, 16, None, None)
+    assert len(warned) == 1
+
+
+def test_sound_kernels_serve_and_say_that_they_were_checked(monkeypatch):
+    monkeypatch.setattr(choice, "wanted", lambda name: ON_KERNELS)
+    backend = choice.checked(tiny_models.make("llama"), 16, None, None)
+    assert backend.ops is kernels
+    assert backend.why == "the tests; the kernels passed their check"
+
+
+# -- the fence --
+
+
+class Recorder:
+    """Stands between `kernels` and a kernel, and sees which arrays a call takes and gives."""
+
+    def __init__(self, monkeypatch):
+        self.calls: list[tuple[str, list, list]] = []
+        call = kernels._Launch.__call__
+
+        def recorded(launch, *inputs):
+            outputs = call(launch, *inputs)
+            self.calls.append((launch.name, list(inputs), list(outputs)))
+            return outputs
+
+        monkeypatch.setattr(kernels._Launch, "__call__", recorded)
+
+
+def test_every_read_takes_the_fence_of_its_layers_write_and_every_write_comes_after_the_last_step(
+    monkeypatch,
+):
+    model = tiny_models.make("llama", hidden_size=128)
+    served = engine(model, ON_KERNELS)
+    recorder = Recorder(monkeypatch)
+    afters: list = []
+    end = type(model.cache).end
+
+    def noted(cache, after):
+        end(cache, after)
+        afters.append(cache._forward.after)
+
+    monkeypatch.setattr(type(model.cache), "end", noted)
+    serving.serve(served, prompts(), SamplingParams(temperature=0, max_tokens=3))
+    layers, forward, writes, fences, reads = len(model.specs), 0, 0, {}, 0
+    for name, inputs, outputs in recorder.calls:
+        if name == "write_kv":
+            forward, writes = writes // layers, writes + 1
+            if forward:
+                assert inputs[-1] is afters[forward - 1]
+            fences[id(inputs[2])] = outputs[0]
+        elif name in ("paged_attention", "gather_blocks"):
+            k_pool = inputs[1] if name == "paged_attention" else inputs[0]
+            assert inputs[-1] is fences[id(k_pool)]
+            reads += 1
+    assert writes == layers * len(afters) > 0
+    assert reads >= writes
+
+
+def test_what_a_step_evaluates_holds_every_fence_and_what_comes_after_its_reads():
+    model = tiny_models.make("llama", hidden_size=128)
+    served = engine(model, ON_KERNELS)
+    serving.serve(served, prompts(), SamplingParams(temperature=0, max_tokens=2))
+    written = model.cache.written()
+    assert written[-1] is model.cache._forward.after
+    fences = {id(layer.pool.fence) for layer in model.cache.layers}
+    assert {id(array) for array in written[:-1]} == fences
+
+
+# -- which backend --
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.delenv("MLXPAGE_BACKEND", raising=False)
+    monkeypatch.setattr(choice, "device", lambda: type("Device", (), {"kind": "cpu"}))
+
+
+def test_without_a_gpu_the_reference_serves(on_cpu):
+    backend = choice.wanted()
+    assert (backend.name, backend.why) == ("reference", "there is no GPU")
+
+
+def test_the_environment_chooses(on_cpu, monkeypatch):
+    monkeypatch.setenv("MLXPAGE_BACKEND", "reference")
+    assert choice.wanted().why == "MLXPAGE_BACKEND says so"
+
+
+@pytest.mark.parametrize("name", ["metal", "cuda", "gpu"])
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_backend_that_is_not_there_is_refused(on_cpu, monkeypatch, name, by_environment):
+    if by_environment:
+        monkeypatch.setenv("MLXPAGE_BACKEND", name)
+    source = "MLXPAGE_BACKEND" if by_environment else "backend"
+    with pytest.raises(InvalidRequest, match=f"{source} is '{name}'"):
+        choice.wanted(None if by_environment else name)
+
+
+@pytest.mark.parametrize("kind", ["metal", "cuda"])
+def test_a_gpu_is_used_if_nothing_else_is_asked_for(on_cpu, monkeypatch, kind):
+    monkeypatch.setattr(choice, "device", lambda: type("Device", (), {"kind": kind}))
+    assert (choice.wanted().name, choice.wanted().ops) == (kind, kernels)
+    assert choice.wanted("reference").ops is reference
