@@ -626,6 +626,7 @@ def attend_chunk(
 # -- as a backend --
 
 LOOK_AHEAD = 1
+COMPILES = True
 _TABLE_WIDTH = 32
 
 

@@ -175,9 +175,11 @@ class KVCache:
     def may_compile(self) -> bool:
         """Whether this forward could be one of a compiled function: on a GPU, in a decode."""
         forward = self._forward
+        if not self._backend.COMPILES or forward.after is None:
+            return False
         is_decode = all(step.rows.num_decoding == len(step.rows.contexts) for step in forward.steps)
         attentions = all(layer.attention is not None for layer in self.layers)
-        return forward.after is not None and is_decode and attentions
+        return is_decode and attentions
 
     def signature(self) -> tuple:
         """What is fixed in a compiled forward beside the shapes of its inputs."""

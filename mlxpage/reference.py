@@ -328,6 +328,8 @@ def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
 
 # A step that is dispatched while the last one holds the pool would copy the pool.
 LOOK_AHEAD = 0
+# On a CPU, building a graph is little beside computing it, and compiling takes a compiler.
+COMPILES = False
 
 
 class Step(layout.Step):

@@ -1,0 +1,173 @@
+"""A step may be dispatched before the tokens of the last are read: it shows in nothing.
+
+The reference backend waits for each step, because a step ahead of it would copy the pool; it is
+right all the same, so here it looks ahead.
+"""
+
+import pytest
+import serving
+import tiny_models
+
+from mlxpage import reference
+from mlxpage.model import Model
+from mlxpage.sampling_params import SamplingParams
+
+PROMPTS = [[7], list(range(15)), list(range(100)), list(range(50, 90)), [1, 2, 3], [9] * 33]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=1)
+MANY = [
+    GREEDY,
+    SamplingParams(temperature=1, seed=5, max_tokens=30, top_p=0.9, logprobs=0),
+    SamplingParams(temperature=0, max_tokens=1),
+    SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.4, presence_penalty=0.5),
+    SamplingParams(temperature=1, seed=8, max_tokens=25, frequency_penalty=1.0, min_tokens=5),
+    SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=2),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_models.make("gpt_oss")
+
+
+def run(model, monkeypatch, ahead, params, num_blocks=60, prompts=PROMPTS, chunk=32):
+    monkeypatch.setattr(reference, "LOOK_AHEAD", ahead)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": chunk}
+    engine = serving.engine(model, num_blocks=num_blocks, **limits)
+    outputs = serving.serve(engine, prompts, params)
+    return engine, [
+        (o.token_ids, o.text, o.finish_reason, o.logprobs, o.prompt_logprobs) for o in outputs
+    ]
+
+
+def same(model, monkeypatch, params, **options):
+    _, waiting = run(model, monkeypatch, 0, params, **options)
+    engine, ahead = run(model, monkeypatch, 1, params, **options)
+    for ours, theirs in zip(ahead, waiting, strict=True):
+        assert ours[:3] == theirs[:3]
+        for entries, expected in zip(ours[3:], theirs[3:], strict=True):
+            assert (entries is None) == (expected is None)
+            for entry, other in zip(entries or (), expected or (), strict=True):
+                assert (entry is None) == (other is None)
+                if entry is not None:
+                    assert entry.token_id == other.token_id
+                    assert entry.logprob == pytest.approx(other.logprob, abs=1e-3)
+    assert not engine.has_work
+    return engine, ahead
+
+
+def test_mixed_requests(model, monkeypatch):
+    same(model, monkeypatch, MANY)
+
+
+def test_a_crowded_pool(model, monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=40)
+    engine, _ = same(model, monkeypatch, params, num_blocks=9, prompts=PROMPTS[:2] + PROMPTS[4:])
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_generations_that_end_in_the_middle(model, monkeypatch):
+    _, outputs = run(model, monkeypatch, 0, GREEDY)
+    tokens, text = outputs[2][0], outputs[3][1]
+    first = next(i for i, token in enumerate(tokens) if i > 1 and token not in tokens[:i])
+    by_id = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(tokens[first],))
+    by_text = SamplingParams(temperature=0, max_tokens=24, stop=text[4:7])
+    _, ended = same(model, monkeypatch, [GREEDY, GREEDY, by_id, by_text, GREEDY, by_text])
+    assert ended[2][0] == tokens[: first + 1] and ended[2][2] == "stop"
+    assert ended[3][1] == text[: text.index(text[4:7])] and ended[3][2] == "stop"
+
+
+def test_two_steps_are_in_flight_at_most_and_one_in_the_middle(model, monkeypatch):
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    engine = serving.engine(model, num_blocks=60)
+    flights = []
+    start = engine._start
+    engine._start = lambda schedule: flights.append(len(engine._in_flight)) or start(schedule)
+    serving.serve(engine, PROMPTS, GREEDY)
+    assert flights[0] == 0 and set(flights[1:]) == {1}
+
+
+def test_penalties_wait_for_the_token_that_they_count(model, monkeypatch):
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    engine = serving.engine(model, num_blocks=60)
+    flights = []
+    start = engine._start
+    engine._start = lambda schedule: flights.append(len(engine._in_flight)) or start(schedule)
+    serving.serve(engine, PROMPTS, SamplingParams(temperature=0, max_tokens=9, presence_penalty=1))
+    assert set(flights) == {0}
+
+
+def follow(engine, prompts, params, on_step=lambda steps, ids: None):
+    """Runs requests of which some may fail: the tokens, or the error, of each."""
+    ends = [None] * len(prompts)
+    ids = []
+    for index, prompt in enumerate(prompts):
+
+        def take(event, index=index):
+            if event.error is not None:
+                ends[index] = event.error
+            elif event.output is not None and ends[index] is None:
+                ends[index] = event.output.token_ids
+
+        ids.append(engine.add(engine.request(prompt, params, take)))
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        engine.scheduler.check()
+        steps += 1
+        on_step(steps, ids)
+        assert steps < 10_000
+    assert all(group.pool.num_used == 0 for group in engine.scheduler.groups)
+    return ends
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 13, 21])
+def test_a_step_that_raises_while_another_is_in_flight_fails_its_own_requests(
+    model, monkeypatch, at
+):
+    _, expected = run(model, monkeypatch, 0, GREEDY)
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    call, calls = Model.__call__, iter(range(1, 10**6))
+
+    def flaky(self, rows):
+        if next(calls) == at:
+            raise RuntimeError("injected")
+        return call(self, rows)
+
+    engine = serving.engine(model, num_blocks=60, max_num_seqs=2, max_num_batched_tokens=32)
+    monkeypatch.setattr(Model, "__call__", flaky)
+    ends = follow(engine, PROMPTS, GREEDY)
+    failed = [end for end in ends if isinstance(end, Exception)]
+    assert 1 <= len(failed) <= 2 and all("injected" in str(error) for error in failed)
+    for end, (tokens, *_) in zip(ends, expected, strict=True):
+        assert isinstance(end, Exception) or end == tokens
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_results_that_cannot_be_read_fail_both_steps_in_flight(model, monkeypatch, at):
+    _, expected = run(model, monkeypatch, 0, GREEDY)
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    engine = serving.engine(model, num_blocks=60, max_num_seqs=2, max_num_batched_tokens=32)
+    record, calls = engine._record, iter(range(1, 10**6))
+
+    def broken(started):
+        if next(calls) == at:
+            raise RuntimeError("the GPU is gone")
+        return record(started)
+
+    engine._record = broken
+    ends = follow(engine, PROMPTS, GREEDY)
+    assert any(isinstance(end, Exception) for end in ends)
+    for end, (tokens, *_) in zip(ends, expected, strict=True):
+        assert isinstance(end, Exception) or end == tokens
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_request_that_is_aborted_in_flight_leaves_the_others_alone(model, monkeypatch, at):
+    _, expected = run(model, monkeypatch, 0, GREEDY)
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    engine = serving.engine(model, num_blocks=60, max_num_seqs=4, max_num_batched_tokens=32)
+    ends = follow(
+        *(engine, PROMPTS, GREEDY), lambda steps, ids: engine.abort(ids[1]) if steps == at else None
+    )
+    for index, (end, (tokens, *_)) in enumerate(zip(ends, expected, strict=True)):
+        assert end == tokens or (index == 1 and end == tokens[: len(end)])
