@@ -26,7 +26,7 @@ class Compiled:
     def __init__(self):
         self._functions: OrderedDict[tuple, Callable] = OrderedDict()
         self._seen: OrderedDict[tuple, None] = OrderedDict()
-        self.error: Exception | None = None
+        self.error: str | None = None
         """Why nothing is compiled, if the model can't be."""
 
     def __call__(
@@ -42,7 +42,8 @@ class Compiled:
         try:
             logits, *outputs = function(inputs)
         except Exception as error:  # a model that looks at its numbers, say
-            self.error = error
+            # Not the error itself: its frames hold the pools.
+            self.error = f"{type(error).__name__}: {error}"
             return forward(tokens)
         cache.take(outputs)
         return logits

@@ -112,7 +112,7 @@ def gathered(rng, setting: dict, lengths: list[int], positions: int) -> None:
     tables = np.full((len(lengths), width), 2**30, np.int32)
     order = iter(rng.permutation(20) + 1)
     for table, length in zip(tables, lengths, strict=True):
-        count = max(1, -(-length // block_size))  # a sequence of nothing reads its first entry
+        count = -(-length // block_size)
         table[:count] = [next(order) for _ in range(count)]
     padded = np.concatenate([tables.ravel(), np.full(8, 2**30, np.int32)])
     out = kernels.gather(
