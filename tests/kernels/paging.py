@@ -188,8 +188,3 @@ def attended(
 
 def error(out: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
-
-
-def bits(array: mx.array) -> np.ndarray:
-    """As unsigned numbers, so that one NaN is another than the next."""
-    return np.array(array.view(mx.uint32 if array.dtype.size == 4 else mx.uint16))
