@@ -103,7 +103,7 @@ def test_copied_blocks_are_the_same_and_the_others_are_as_they_were(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["write", "gather", "attend"])
+@pytest.mark.parametrize("name", ["write", "copy", "gather", "attend"])
 def test_a_pool_may_have_more_elements_than_32_bits_count(name):
     """4.3 GB of pool each, of which the tests touch the last blocks only."""
     kv_heads, block_size, dim = 32, 32, 256
@@ -124,6 +124,13 @@ def test_a_pool_may_have_more_elements_than_32_bits_count(name):
     k_pool[last, :, :2] = rows[:, :, 0].swapaxes(0, 1)
     v_pool[last, :, :2] = -rows[:, :, 0].swapaxes(0, 1)
     mx.eval(k_pool, v_pool)
+    if name == "copy":
+        pairs = np.array([(last, last - 1)], np.int32)
+        mx.eval(kernels.copy_blocks(k_pool, v_pool, pairs, mx.zeros(8)))
+        for pool in (k_pool, v_pool):
+            assert np.array_equal(paging.floats(pool[last - 1]), paging.floats(pool[last]))
+            assert not pool[: last - 1].any().item()
+        return
     table, length = np.array([[last]], np.int32), np.array([2], np.int32)
     if name == "gather":
         tables, lengths = kernels._padded(table), kernels._padded(length)
