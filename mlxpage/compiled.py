@@ -72,7 +72,7 @@ def _compile(forward, cache: KVCache) -> Callable:
         tokens, *arrays = inputs
         real = cache.inputs()
         try:
-            cache.put(arrays)
+            cache.put(arrays, tracing=True)
             return [forward(tokens), *cache.outputs()]
         finally:
             cache.put(real)

@@ -190,6 +190,8 @@ class Engine:
         """Gives the memory of weights and pool back."""
         mx.synchronize()
         self._in_flight.clear()
+        if self.model is not None:
+            self.model.bind(None)  # compiled functions and the model hold each other
         self.model = None
         mx.clear_cache()
 
@@ -298,7 +300,9 @@ class Engine:
                 if request and seq.params.logprobs is not None:
                     request.logprobs.append(_first(entry, seq.params.logprobs))
         for seq, token in self.scheduler.update(started.schedule, tokens):
-            self._hand_out(self._requests[seq.id], token, now)
+            # What hears of one request may abort another.
+            if request := self._requests.get(seq.id):
+                self._hand_out(request, token, now)
 
     def _fail_broken(self, sampling: list[Sequence], tokens: list[int]) -> None:
         """Fails the requests that got no token because their logits were not finite."""

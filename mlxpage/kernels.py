@@ -289,7 +289,7 @@ def tiling(k_dim: int, v_dim: int, queries: int, itemsize: int, block_size: int,
             f"heads of {k_dim} and {v_dim} elements are not a multiple of {4 * elements}, which "
             "the attention kernel needs"
         )
-    at_once = min(queries, 8)
+    at_once = min(queries, 8, possible[-1])
     while at_once > 1 and at_once * widest // possible[-1] > registers:
         at_once -= 1
     # The same number in each pass.
@@ -643,6 +643,8 @@ class Step(layout.Step):
         self._work: dict[tuple, Work] = {}
         self._chunks: dict[tuple, list[Chunk]] = {}
         self._row_lengths: mx.array | None = None
+        self.is_traced = False
+        """While a function is compiled: metadata made now would stay what it is."""
 
     @property
     def row_lengths(self) -> mx.array:
@@ -678,6 +680,8 @@ class Step(layout.Step):
         """Of the sequences with a single row."""
         key = window, threadgroups, key_bytes
         if key not in self._work:
+            if self.is_traced:
+                raise RuntimeError("a layer attends otherwise than it did before")
             count, rows = self.rows.num_decoding, self.rows
             self._work[key] = plan_work(
                 rows.starts[: count + 1],
@@ -731,6 +735,8 @@ class Pool:
 
     def write(self, step: Step, k: mx.array, v: mx.array, after: mx.array | None) -> None:
         """k and v: (T, kv_heads, 1, head_dim)"""
+        # Norms in float32 make such K of models whose V has 16 bits.
+        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
         after = self.fence if after is None else after
         self.fence = write(k, v, self.k, self.v, step.slots, after)
 
@@ -743,6 +749,7 @@ class Pool:
     def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
         """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
         pools = self.k, self.v
+        q = q.astype(mx.result_type(q, self.k))  # the type of the results too, as MLX has it
         rows, heads = q.shape[:2]
         decoding = step.rows.num_decoding
         outs = []

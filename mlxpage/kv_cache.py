@@ -95,7 +95,8 @@ class LayerCache:
             raise UnsupportedModel(
                 f"the model reads {window} positions in a layer whose cache keeps {kept}"
             )
-        return Tagged.of(self.step.row_mask(window), MaskTag(self.step, window))
+        mask = self.step.row_mask(window, self._forward.positions)
+        return Tagged.of(mask, MaskTag(self.step, window))
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Writes the rows (T, kv_heads, 1, head_dim) and returns what they may read, tagged:
@@ -175,7 +176,8 @@ class KVCache:
     def may_compile(self) -> bool:
         """Whether this forward could be one of a compiled function: on a GPU, in a decode."""
         forward = self._forward
-        if not self._backend.COMPILES or forward.after is None:
+        # What a layer fetches is found by metadata that isn't among the inputs.
+        if not self._backend.COMPILES or forward.after is None or forward.fetches:
             return False
         is_decode = all(step.rows.num_decoding == len(step.rows.contexts) for step in forward.steps)
         attentions = all(layer.attention is not None for layer in self.layers)
@@ -195,9 +197,11 @@ class KVCache:
             arrays += part.arrays()
         return arrays
 
-    def put(self, arrays: list[mx.array]) -> None:
-        """Puts others in the place of `inputs`."""
+    def put(self, arrays: list[mx.array], *, tracing: bool = False) -> None:
+        """Puts others in the place of `inputs`: those of a trace, or the real ones again."""
         self._forward.positions, self._forward.after, *arrays = arrays
+        for step in self._forward.steps:
+            step.is_traced = tracing
         rest = iter(arrays)
         for part in self._parts():
             part.put(rest)

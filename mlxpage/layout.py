@@ -79,10 +79,11 @@ class Step:
             )
         return self._unread[spec]
 
-    def row_mask(self, window: int | None) -> mx.array:
-        """(T, 1, 1, M * block_size) bool, lazy: what each row may read of its own table."""
+    def row_mask(self, window: int | None, positions: mx.array) -> mx.array:
+        """(T, 1, 1, M * block_size) bool, lazy: what each row, at `positions` (T,), may read of
+        its own table."""
         keys = mx.arange(self.tables.shape[1] * self.block_size)
-        queries = mx.array(self.rows.positions)[:, None, None, None]
+        queries = positions[:, None, None, None]
         mask = keys <= queries
         return mask if window is None else mask & (keys > queries - window)
 

@@ -76,15 +76,16 @@ class Model:
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
         wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
         every = len(wanted) == len(rows.positions) and (np.diff(wanted) == 1).all()
-        self._wanted.rows = ... if every else mx.array(wanted)
         tokens = rows.tokens if isinstance(rows.tokens, mx.array) else mx.array(rows.tokens)
-        if every and self.cache.may_compile:
+        if every and len(rows.sample_rows) and self.cache.may_compile:
             return self._compiled(self._forward, self.cache, tokens)
-        return self._forward(tokens)[: len(rows.sample_rows)]
+        wanted = ... if every else mx.array(wanted)
+        return self._forward(tokens, wanted)[: len(rows.sample_rows)]
 
-    def _forward(self, tokens: mx.array) -> mx.array:
-        """Logits (R, vocab) of the wanted rows."""
+    def _forward(self, tokens: mx.array, wanted: mx.array | EllipsisType = ...) -> mx.array:
+        """Logits (R, vocab) of the wanted rows, all of them by default."""
         before = self._num_attended()
+        self._wanted.rows = wanted
         try:
             logits = self.module(tokens[:, None], cache=self.cache.layers)
             self.cache.end(logits if self._wanted.hidden is None else self._wanted.hidden)

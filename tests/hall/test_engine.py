@@ -36,3 +36,37 @@ def test_a_request_whose_numbers_overflow_fails_alone_and_names_the_way_out():
     for name, output in zip(("sound", "next"), expected, strict=True):
         assert events[name][-1].output.token_ids == output.token_ids
     assert all(group.pool.num_used == 0 for group in engine.scheduler.groups)
+
+
+def test_who_hears_of_a_request_may_abort_another():
+    model = tiny_models.make("llama")
+    engine = serving.engine(model, num_blocks=20)
+    ends = {}
+    ids = []
+
+    def first(event):
+        engine.abort(ids[1])
+        ends[0] = event.output
+
+    def second(event):
+        ends[1] = event.output
+
+    for take in (first, second):
+        ids.append(engine.add(engine.request([1, 2, 3], GREEDY, take)))
+    while engine.has_work:
+        engine.step()
+        engine.scheduler.check()
+    assert ends[0].finish_reason == "length" and len(ends[0].token_ids) == 8
+    assert ends[1].finish_reason == "abort"
+    assert engine.stats()["failed_steps"] == 0
+
+
+def test_a_closed_engine_leaves_nothing_in_its_model():
+    model = tiny_models.make("llama")
+    engine = serving.engine(model, num_blocks=20)
+    serving.serve(engine, [[1, 2, 3]], GREEDY)
+    compiled = model._compiled
+    engine.close()
+    assert model.cache is None
+    assert model._compiled is not compiled, "its functions hold the model"
+    engine.close()

@@ -9,8 +9,10 @@ import serving
 import tiny_models
 
 from mlxpage import choice, kernels, memory, reference, self_check
+from mlxpage.backend import mx
 from mlxpage.engine import Engine
 from mlxpage.errors import InvalidRequest, UnsupportedModel
+from mlxpage.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 ON_KERNELS = choice.Backend("metal", kernels, "the tests")
@@ -120,6 +122,49 @@ def test_sound_kernels_serve_and_say_that_they_were_checked(monkeypatch):
     backend = choice.checked(tiny_models.make("llama"), 16, None, None)
     assert backend.ops is kernels
     assert backend.why == "the tests; the kernels passed their check"
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_a_model_that_cannot_be_compiled_is_served_as_it_is(gathers):
+    """The simulator runs a kernel at once, so a trace fails at its first: all else must stand."""
+    model = tiny_models.make("gpt_oss", head_dim=32)
+    if not gathers:
+        model._gathers_rows = False
+        model.module.model.__class__ = type(model.module.model).__mro__[1]
+    expected = serving.serve(engine(model, choice.REFERENCE), prompts(), PARAMS[0])
+    served = engine(model, ON_KERNELS)
+    # With the stand-ins a model may be compiled, where K and V are fetched it may not.
+    model.fetches = False
+    served._new_pool()
+    outputs = serving.serve(served, prompts(), PARAMS[0])
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert model._compiled.error is not None
+    assert not served.stats()["failed_steps"]
+
+
+def test_metadata_that_is_made_while_a_function_is_compiled_is_an_error():
+    model = tiny_models.make("llama", hidden_size=128)
+    served = engine(model, ON_KERNELS)
+    serving.serve(served, prompts(), SamplingParams(temperature=0, max_tokens=3))
+    (step,) = model.cache._forward.steps
+    known = model.cache.inputs()
+    model.cache.put(known, tracing=True)
+    with pytest.raises(RuntimeError, match="attends otherwise than it did before"):
+        step.work(3, 1, 1)
+    model.cache.put(known)
+    step.work(3, 1, 1)
+
+
+def test_v_of_another_type_than_k_is_written_in_the_pools():
+    """Norms in float32 make the K of a model in bfloat16 float32, but not its V."""
+    model = tiny_models.make("qwen3", dtype=mx.bfloat16, head_dim=32)
+    for layer in model.module.model.layers:
+        norm = layer.self_attn.k_norm
+        norm.weight = norm.weight.astype(mx.float32)
+    model = Model(model.module, model.config)
+    assert model.specs[0].dtype == mx.float32
+    self_check.check_kernels(model, 16)
+    self_check.check(model, 16, backend=kernels)
 
 
 # -- the fence --
