@@ -53,7 +53,7 @@ class Batch:
             for position in _scored_positions(part)
         ]
         rows = Rows(
-            tokens=_tokens(parts, starts, last, last_tokens),
+            tokens=_tokens(parts, last, last_tokens),
             positions=(np.arange(starts[-1]) + np.repeat(first - starts[:-1], counts)).astype(
                 np.int32
             ),
@@ -80,7 +80,7 @@ class Batch:
 
 
 def _tokens(
-    parts: list[Scheduled], starts: np.ndarray, last: Batch | None, last_tokens: mx.array | None
+    parts: list[Scheduled], last: Batch | None, last_tokens: mx.array | None
 ) -> np.ndarray | mx.array:
     known: list[int] = []
     unread = []  # rows whose token was sampled by the last step and nobody has read yet

@@ -33,6 +33,8 @@ class Compiled:
         self, forward: Callable[[mx.array], mx.array], cache: KVCache, tokens: mx.array
     ) -> mx.array:
         """`forward(tokens)`, whatever of `cache` it reads and writes included."""
+        if self.error is not None:
+            return forward(tokens)
         signature = cache.signature()
         inputs = [tokens, *cache.inputs()]
         key = (*signature, *((array.shape, array.dtype) for array in inputs))
@@ -49,8 +51,6 @@ class Compiled:
         return logits
 
     def _function(self, key: tuple, forward, cache: KVCache) -> Callable | None:
-        if self.error is not None:
-            return None
         if key in self._functions:
             self._functions.move_to_end(key)
             return self._functions[key]

@@ -88,6 +88,15 @@ def test_functions_that_were_not_used_for_long_are_forgotten(monkeypatch):
     assert forward.built == 9, "three take turns, two are kept"
 
 
+def test_what_was_used_last_is_kept(monkeypatch):
+    monkeypatch.setattr(compiled, "_MOST_FUNCTIONS", 2)
+    cache = Cache()
+    forward = Forward(cache)
+    # The third is compiled when the first has just been used, so the second is forgotten.
+    assert run(8, cache, forward, kinds=("a", "a", "b", "b", "a", "c", "c", "a")) == expected(8)
+    assert forward.built == 6, "seen and built, each of the three"
+
+
 @pytest.mark.parametrize("steps", [1, 5])
 def test_a_forward_that_looks_at_its_numbers_runs_as_it_is(steps):
     cache = Cache()

@@ -306,3 +306,24 @@ def test_a_check_that_fails_gives_the_cache_back(monkeypatch):
     model.bind(cache)
     assert refused(model)
     assert model.cache is cache
+
+
+def test_most_models_only_hand_on_the_k_and_v_they_get():
+    model = tiny_models.make("llama")
+    self_check.check(model, 16)
+    assert not model.fetches
+
+
+def test_a_model_that_reads_its_k_besides_gets_the_real_one(monkeypatch):
+    from mlx_lm.models import llama
+
+    attention = llama.scaled_dot_product_attention
+
+    def with_first_key(q, k, v, **options):
+        out = attention(q, k, v, **options)
+        return out + 0.5 * mx.repeat(k[:, :, :1], q.shape[1] // k.shape[1], axis=1)
+
+    model = tiny_models.make("llama")
+    monkeypatch.setattr(llama, "scaled_dot_product_attention", with_first_key)
+    self_check.check(model, 16)
+    assert model.fetches
