@@ -11,18 +11,23 @@ constexpr constant float LOG2_E = 1.44269504088896341f;
 
 // -- vectors: 4, 8 or 16 bytes in one load, kept packed until they are used --
 
+// For what a kernel reads once; cuda.h has another.
+#ifndef LOAD_ONCE
+#define LOAD_ONCE(from) (*(from))
+#endif
+
 METAL_FUNC void load_words(const device uint* from, thread uint (&words)[1]) {
   words[0] = from[0];
 }
 
 METAL_FUNC void load_words(const device uint* from, thread uint (&words)[2]) {
-  const uint2 v = *(const device uint2*)from;
+  const uint2 v = LOAD_ONCE((const device uint2*)from);
   words[0] = v.x;
   words[1] = v.y;
 }
 
 METAL_FUNC void load_words(const device uint* from, thread uint (&words)[4]) {
-  const uint4 v = *(const device uint4*)from;
+  const uint4 v = LOAD_ONCE((const device uint4*)from);
   words[0] = v.x;
   words[1] = v.y;
   words[2] = v.z;
@@ -89,6 +94,15 @@ METAL_FUNC void load(thread Share<T, PIECES, WIDTH, LANES>& share, const device 
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
     load_words((const device uint*)(row + (piece * LANES + lane) * WIDTH), share.words[piece]);
+  }
+}
+
+template <typename T, int PIECES, int WIDTH, int LANES>
+METAL_FUNC void store(
+    const thread Share<T, PIECES, WIDTH, LANES>& share, device T* row, int lane) {
+#pragma unroll
+  for (int piece = 0; piece < PIECES; piece++) {
+    store_words((device uint*)(row + (piece * LANES + lane) * WIDTH), share.words[piece]);
   }
 }
 

@@ -41,6 +41,26 @@ METAL_FUNC bool simd_any(bool value) {
   return __any_sync(0xffffffffu, value);
 }
 
+// Past the first cache, and in lines of 256 bytes into the second: 2 to 5 % of attention. No kernel
+// may read so what it has written itself.
+METAL_FUNC uint2 load_once(const uint2* from) {
+  uint2 v;
+  asm("ld.global.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
+      : "=r"(v.x), "=r"(v.y)
+      : "l"(from));
+  return v;
+}
+
+METAL_FUNC uint4 load_once(const uint4* from) {
+  uint4 v;
+  asm("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from));
+  return v;
+}
+
+#define LOAD_ONCE(from) load_once(from)
+
 template <typename To, typename From>
 METAL_FUNC To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");

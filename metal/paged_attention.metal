@@ -11,10 +11,14 @@
 //
 // Loads run ahead: K of the next step is fetched as soon as its registers are free, then V.
 //
-// in:  q [rows][HEADS][K_DIM], k_pool, v_pool, block_tables [sequences][width],
+// If APPEND, each sequence has one row, whose K and V come as inputs: they are put into the pool (in
+// place, see write_kv) and are where the softmax of their sequence's last run begins.
+//
+// in:  q [rows][HEADS][K_DIM], k [rows][KV_HEADS][K_DIM], v [rows][KV_HEADS][V_DIM] (anything of
+//      the pools' type unless APPEND), k_pool, v_pool, block_tables [sequences][width],
 //      work [items][8]: sequence, first key (of a block), end, first row of the partial results,
 //      the sequence's first row, number of rows and of positions, 0;
-//      ints: width, window; floats: scale, softcap; sinks [HEADS]; fence
+//      ints: width, window; floats: scale, softcap; sinks [HEADS]; after
 // out: out [rows][HEADS][V_DIM], or [partial rows][HEADS][V_DIM] to be merged if SPLIT;
 //      stats likewise with 2 for V_DIM: largest score (times log2 e) and sum of the exponentials
 
@@ -44,17 +48,37 @@ const int first_query = int(threadgroup_position_in_grid.y) / KV_HEADS * QUERIES
 const device int* own = work + item * 8;
 const int sequence = own[0];
 const int begin = own[1];
-const int end = own[2];
+const int run_end = own[2];
 const int partial_start = own[3];
 const int row_start = own[4];
 const int rows = own[5];
 const int context = own[6];
+const int end = APPEND ? min(run_end, context - 1) : run_end;  // of the keys in the pool
 const int num_queries = rows * GROUP - first_query;
 if (num_queries <= 0) {
   return;
 }
 const device int* table = block_tables + long(sequence) * ints[0];
 const int window = ints[1];
+
+// This lane's share of its rows of one step. Past the end it reads the last row again; if there is
+// nothing but an appended row, one before it, in vain.
+const int group_begin = begin + simd_group * STEP + key_group * KEYS;
+KShare key_shares[KEYS];
+VShare value_shares[KEYS];
+int key = min(group_begin, end - 1);
+long block = table[key / BLOCK_SIZE];
+{
+  const long block_start = (block * KV_HEADS + kv_head) * BLOCK_SIZE;
+#pragma unroll
+  for (int i = 0; i < KEYS; i++) {
+    const long at = block_start + min(key + i, end - 1) % BLOCK_SIZE;
+    mlxpage::load(key_shares[i], k_pool + at * K_DIM, lane);
+    mlxpage::load(value_shares[i], v_pool + at * V_DIM, lane);
+  }
+}
+int next_key = min(group_begin + STRIDE, end - 1);
+long next_block = table[next_key / BLOCK_SIZE];
 
 // The queries, in the lanes' shares, scaled so that exp2 takes their products.
 const float scale = SOFTCAP ? floats[0] / floats[1] : floats[0] * mlxpage::LOG2_E;
@@ -84,23 +108,51 @@ const int first_key = position - window;  // exclusive
 float largest = mlxpage::LOWEST;
 float total = 0.0f;
 
-// This lane's share of its rows of one step. Past the end it reads the last row again.
-const int group_begin = begin + simd_group * STEP + key_group * KEYS;
-KShare k[KEYS];
-VShare v[KEYS];
-int key = min(group_begin, end - 1);
-long block = table[key / BLOCK_SIZE];
-{
-  const long block_start = (block * KV_HEADS + kv_head) * BLOCK_SIZE;
+// The last SIMD group has the least of the keys to do.
+if (APPEND && run_end == context && simd_group == SIMD_GROUPS - 1) {
+  KShare new_k;
+  VShare new_v;
+  const long from = long(row_start) * KV_HEADS + kv_head;
+  mlxpage::load(new_k, k + from * K_DIM, lane);
+  mlxpage::load(new_v, v + from * V_DIM, lane);
+  if (key_group == 0 && first_query == 0) {
+    const long block = table[(context - 1) / BLOCK_SIZE];
+    const long to = (block * KV_HEADS + kv_head) * BLOCK_SIZE + (context - 1) % BLOCK_SIZE;
+    mlxpage::store(new_k, (device KV*)(k_pool + to * K_DIM), lane);
+    mlxpage::store(new_v, (device KV*)(v_pool + to * V_DIM), lane);
+  }
+  float elements[K_SHARE];
+  mlxpage::unpack(new_k, elements);
 #pragma unroll
-  for (int i = 0; i < KEYS; i++) {
-    const long at = block_start + min(key + i, end - 1) % BLOCK_SIZE;
-    mlxpage::load(k[i], k_pool + at * K_DIM, lane);
-    mlxpage::load(v[i], v_pool + at * V_DIM, lane);
+  for (int i = 0; i < QUERIES; i++) {
+    float score = 0.0f;
+#pragma unroll
+    for (int e = 0; e < K_SHARE; e++) {
+      score += queries[i][e] * elements[e];
+    }
+#pragma unroll
+    for (int mask = LANES / 2; mask > 0; mask /= 2) {
+      score += simd_shuffle_xor(score, ushort(mask));
+    }
+    largest = i == own_query ? score : largest;
+  }
+  if (SOFTCAP) {
+    largest = floats[1] * mlxpage::LOG2_E * tanh(largest);
+  }
+  // Of the lanes and key groups that are added up in the end, one counts it.
+  if (key_group == 0) {
+    total = lane % QUERY_LANES < COPIES ? 1.0f : 0.0f;
+    float values[V_SHARE];
+    mlxpage::unpack(new_v, values);
+#pragma unroll
+    for (int i = 0; i < QUERIES; i++) {
+#pragma unroll
+      for (int j = 0; j < V_SHARE; j++) {
+        sums[i][j] = values[j];
+      }
+    }
   }
 }
-int next_key = min(group_begin + STRIDE, end - 1);
-long next_block = table[next_key / BLOCK_SIZE];
 
 for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
   // Products, summed over this lane's share.
@@ -108,7 +160,7 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
 #pragma unroll
   for (int i = 0; i < KEYS; i++) {
     float elements[K_SHARE];
-    mlxpage::unpack(k[i], elements);
+    mlxpage::unpack(key_shares[i], elements);
 #pragma unroll
     for (int j = 0; j < PADDED_QUERIES; j++) {
       float sum = 0.0f;
@@ -129,7 +181,7 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
       const long at = next_start + min(next_key + i, end - 1) % BLOCK_SIZE;
-      mlxpage::load(k[i], k_pool + at * K_DIM, lane);
+      mlxpage::load(key_shares[i], k_pool + at * K_DIM, lane);
     }
   }
 
@@ -195,7 +247,7 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
 #pragma unroll
   for (int i = 0; i < KEYS; i++) {
     float elements[V_SHARE];
-    mlxpage::unpack(v[i], elements);
+    mlxpage::unpack(value_shares[i], elements);
 #pragma unroll
     for (int j = 0; j < QUERIES; j++) {
       const int score = j * KEYS + i;
@@ -213,7 +265,7 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
       const long at = next_start + min(next_key + i, end - 1) % BLOCK_SIZE;
-      mlxpage::load(v[i], v_pool + at * V_DIM, lane);
+      mlxpage::load(value_shares[i], v_pool + at * V_DIM, lane);
     }
     next_key = min(next_key + STRIDE, end - 1);
     next_block = table[next_key / BLOCK_SIZE];

@@ -51,6 +51,18 @@ def wanted(name: str | None = None) -> Backend:
     return Backend(name, kernels, f"{source} says so")
 
 
+def proven(backend: Backend, prove: Callable[[], None]) -> Backend:
+    """`backend`, after `prove` has run its kernels; the reference instead if that raises."""
+    if backend.ops is reference:
+        return backend
+    try:
+        prove()
+    except Exception as error:  # whatever a compiler or a GPU has to say
+        reason = " ".join(str(error).split())[:300]
+        return Backend("reference", reference, f"the {backend.name} kernels failed: {reason}")
+    return Backend(backend.name, kernels, f"{backend.why}; the kernels passed their check")
+
+
 def checked(
     model: Model, block_size: int, name: str | None, on_status: Callable[[str], None] | None
 ) -> Backend:
@@ -59,20 +71,18 @@ def checked(
     Kernels that fail to compile, or don't compute what the reference does, are told once, and the
     reference serves. Raises what `self_check.check` does if that fails too.
     """
-    backend = wanted(name)
-    if backend.ops is kernels:
-        try:
-            self_check.check_kernels(model, block_size)
-            self_check.check(model, block_size, backend=kernels)
-            return Backend(backend.name, kernels, f"{backend.why}; the kernels passed their check")
-        except Exception as error:  # whatever a compiler or a GPU has to say
-            reason = " ".join(str(error).split())[:300]
-            backend = Backend(
-                "reference", reference, f"the {backend.name} kernels failed: {reason}"
-            )
-            self_check.check(model, block_size)
-        tell = on_status or (lambda line: warnings.warn(line, RuntimeWarning, stacklevel=2))
-        tell(f"{backend.why}. The reference backend serves instead, slower.")
-        return backend
-    self_check.check(model, block_size)
+
+    def prove() -> None:
+        self_check.check_kernels(model, block_size)
+        self_check.check(model, block_size, backend=kernels)
+        if model.fetches:
+            self_check.check_kernels(model, block_size, is_read=True)
+
+    asked = wanted(name)
+    backend = proven(asked, prove)
+    if backend.ops is reference:
+        if asked.ops is not reference:
+            tell = on_status or (lambda line: warnings.warn(line, RuntimeWarning, stacklevel=2))
+            tell(f"{backend.why}. The reference backend serves instead, slower.")
+        self_check.check(model, block_size)
     return backend

@@ -35,19 +35,18 @@ class Compiled:
         """`forward(tokens)`, whatever of `cache` it reads and writes included."""
         if self.error is not None:
             return forward(tokens)
-        signature = cache.signature()
+        key = (tokens.shape, tokens.dtype, cache.signature())
         inputs = [tokens, *cache.inputs()]
-        key = (*signature, *((array.shape, array.dtype) for array in inputs))
         function = self._function(key, forward, cache)
         if function is None:
             return forward(tokens)
         try:
-            logits, *outputs = function(inputs)
+            logits, after = function(inputs)
         except Exception as error:  # a model that looks at its numbers, say
             # Not the error itself: its frames hold the pools.
             self.error = f"{type(error).__name__}: {error}"
             return forward(tokens)
-        cache.take(outputs)
+        cache.take(after)
         return logits
 
     def _function(self, key: tuple, forward, cache: KVCache) -> Callable | None:
@@ -73,7 +72,7 @@ def _compile(forward, cache: KVCache) -> Callable:
         real = cache.inputs()
         try:
             cache.put(arrays, tracing=True)
-            return [forward(tokens), *cache.outputs()]
+            return forward(tokens), cache.after
         finally:
             cache.put(real)
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import mlxpage
-from mlxpage import choice, model_store
+from mlxpage import choice, model_store, self_check
 from mlxpage import memory as sizing
 from mlxpage import model as models
 from mlxpage.backend import BLAS, device
@@ -17,8 +17,9 @@ from mlxpage.llm import check_options
 
 
 def machine() -> dict[str, Any]:
-    """Versions, device and memory."""
-    here, backend = device(), choice.wanted()
+    """Versions, device and memory; which backend, and why. Kernels are tried on a common shape."""
+    here = device()
+    backend = choice.proven(choice.wanted(), self_check.check_attention)
     facts = {
         "mlxpage": mlxpage.__version__,
         "mlx": version("mlx"),
@@ -64,6 +65,9 @@ def model(
         "K/V of a token": f"{sum(s.bytes_per_token for s in loaded.specs):,} bytes",
         "sampling defaults": model_store.generation_defaults(folder) or "greedy",
     }
+    if (wanted := choice.wanted()).ops is not choice.REFERENCE.ops:
+        backend = choice.proven(wanted, lambda: self_check.check_kernels(loaded, block_size))
+        facts["backend for it"] = f"{backend.name} ({backend.why})"
     try:
         plan = sizing.plan(loaded, memory=memory, block_size=block_size, max_num_seqs=max_num_seqs)
         facts["fits"] = plan.describe()

@@ -9,7 +9,7 @@ from types import ModuleType
 from mlxpage import reference
 from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
-from mlxpage.layout import LayerSpec, Rows, Step
+from mlxpage.layout import Attention, LayerSpec, Rows, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,9 @@ for _name in ("and_", "or_", "xor", "lshift", "rshift"):
     _in_place_gives_a_plain_array(_name)
 
 
+_AFTER = 32
+
+
 @dataclass(slots=True)
 class Forward:
     """The forward under way. Apart from the KVCache, because its layers see it too: if they led
@@ -69,17 +72,17 @@ class LayerCache:
 
     def __init__(self, forward: Forward, spec: LayerSpec, group: int, pool):
         self._forward = forward
-        self._group = group
+        self.group = group
         self.spec = spec
         self.pool = pool
         self.num_attended = 0
         """Calls of the attention hook: every layer must go through it in every forward."""
-        self.attention: tuple | None = None
-        """How the model attends, as seen last: heads, dtype, window, scale, whether with sinks."""
+        self.attention: Attention | None = None
+        """How the model attends, as seen last."""
 
     @property
     def step(self) -> Step:
-        return self._forward.steps[self._group]
+        return self._forward.steps[self.group]
 
     # -- what mlx-lm's models call --
 
@@ -101,7 +104,8 @@ class LayerCache:
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Writes the rows (T, kv_heads, 1, head_dim) and returns what they may read, tagged:
         (T, kv_heads, M * block_size, head_dim)."""
-        self.pool.write(self.step, k, v, self._forward.after)
+        forward = self._forward
+        self.pool.write(self.step, k, v, forward.after, is_read=forward.fetches)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -119,7 +123,7 @@ class LayerCache:
     ) -> mx.array:
         """q (T, heads, 1, head_dim) -> (T, heads, 1, value head_dim)"""
         self.num_attended += 1
-        self.attention = q.shape[1], q.dtype, window, scale, sinks is not None
+        self.attention = Attention(q.shape[1], q.dtype, window, scale, sinks is not None)
         return self.pool.attend(self.step, q, window, scale, sinks)
 
 
@@ -144,6 +148,8 @@ class KVCache:
         self.windows = windows(specs)
         self._backend = backend
         self._forward = Forward(fetches=fetches)
+        self._attentions: list[tuple] | None = None
+        """(group, kind of pool, attention) of the layers, each once."""
         groups = [self.windows.index(spec.window) for spec in specs]
         self.layers = [
             LayerCache(
@@ -167,8 +173,14 @@ class KVCache:
 
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""
+        self._attentions = None
         if self._backend.LOOK_AHEAD:
-            self._forward.after = after[:1]  # of the same shape, however many rows
+            # Of the same shape and type, however many rows of whatever.
+            self._forward.after = after.reshape(-1)[:_AFTER].view(mx.int32)
+
+    @property
+    def after(self) -> mx.array | None:
+        return self._forward.after
 
     # -- for a compiled forward, whose inputs and outputs must be named --
 
@@ -184,17 +196,19 @@ class KVCache:
         return is_decode and attentions
 
     def signature(self) -> tuple:
-        """What is fixed in a compiled forward beside the shapes of its inputs."""
-        attentions = [(layer.step, layer.pool.kind, layer.attention) for layer in self.layers]
-        for step, kind, attention in dict.fromkeys(attentions):
-            step.prepare(kind, attention)
+        """What is fixed in a compiled forward, apart from its tokens and this cache itself."""
+        if self._attentions is None:
+            every = [(layer.group, layer.pool.kind, layer.attention) for layer in self.layers]
+            self._attentions = list(dict.fromkeys(every))
+        for group, kind, attention in self._attentions:
+            self._forward.steps[group].prepare(kind, attention)
         return tuple(step.signature() for step in self._forward.steps)
 
     def inputs(self) -> list[mx.array]:
-        """All that a forward reads beside its tokens and the weights."""
+        """All that a forward takes beside its tokens and the weights."""
         arrays = [self._forward.positions, self._forward.after]
         for part in self._parts():
-            arrays += part.arrays()
+            arrays += part.inputs()
         return arrays
 
     def put(self, arrays: list[mx.array], *, tracing: bool = False) -> None:
@@ -209,15 +223,12 @@ class KVCache:
     def _parts(self) -> list:
         return [*self._forward.steps, *(layer.pool for layer in self.layers)]
 
-    def outputs(self) -> list[mx.array]:
-        """All that a forward leaves for the next one."""
-        return self.written()
-
-    def take(self, outputs: list[mx.array]) -> None:
-        """Takes what a compiled forward has left in the place of `outputs`."""
-        *fences, self._forward.after = outputs
-        for layer, fence in zip(self.layers, fences, strict=True):
-            layer.pool.fence = fence
+    def take(self, after: mx.array) -> None:
+        """Takes what a compiled forward has come to: it comes after all writes as well, for each
+        of its rows is written by the attention that reads it."""
+        self._forward.after = after
+        for layer in self.layers:
+            layer.pool.fence = after
 
     def written(self) -> list[mx.array]:
         """What has to be evaluated in every step: a write that nobody asks for never runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,16 @@ class LayerSpec:
     @property
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.k_head_dim + self.v_head_dim) * self.dtype.size
+
+
+class Attention(NamedTuple):
+    """How one layer attends."""
+
+    heads: int
+    dtype: mx.Dtype  # of the queries
+    window: int | None
+    scale: float
+    has_sinks: bool
 
 
 @dataclass(slots=True)

@@ -361,8 +361,14 @@ class Pool:
 
     def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
         shape = (num_blocks + 1, spec.kv_heads, block_size)
-        self.k = mx.zeros((*shape, spec.k_head_dim), spec.dtype)
-        self.v = mx.zeros((*shape, spec.v_head_dim), spec.dtype)
+        self.fill(
+            mx.zeros((*shape, spec.k_head_dim), spec.dtype),
+            mx.zeros((*shape, spec.v_head_dim), spec.dtype),
+        )
+
+    def fill(self, k: mx.array, v: mx.array) -> None:
+        """Makes these the pools: (num_blocks + 1, kv_heads, block_size, head_dim) each."""
+        self.k, self.v = k, v
 
     def arrays(self) -> list[mx.array]:
         return [self.k, self.v]
@@ -371,8 +377,11 @@ class Pool:
         """What has to be evaluated in every step, so that its writes take place."""
         return [self.k, self.v]
 
-    def write(self, step: Step, k: mx.array, v: mx.array, after: mx.array | None) -> None:
-        """k and v: (T, kv_heads, 1, head_dim). MLX itself knows what comes `after` what."""
+    def write(
+        self, step: Step, k: mx.array, v: mx.array, after: mx.array | None, *, is_read: bool
+    ) -> None:
+        """k and v: (T, kv_heads, 1, head_dim). MLX itself knows what comes `after` what, and who
+        reads."""
         self.k = write(self.k, k.squeeze(2), *step.slots)
         self.v = write(self.v, v.squeeze(2), *step.slots)
 

@@ -13,7 +13,7 @@ from mlxpage import kernels, reference
 from mlxpage.backend import mx
 from mlxpage.errors import InvalidModel, MlxpageError, UnsupportedModel
 from mlxpage.kv_cache import KVCache, windows
-from mlxpage.layout import Rows
+from mlxpage.layout import Attention, LayerSpec, Rows
 from mlxpage.model import Model
 
 # Rounding that the dtype makes by itself, relative to the largest logit.
@@ -107,8 +107,8 @@ def _paged(
     sizes = [num_blocks] * len(groups), block_size
     cache = KVCache(model.specs, *sizes, backend, fetches=model.fetches)
     for layer in cache.layers:  # what a freed block holds: somebody else's K and V
-        layer.pool.k = mx.array(rng.standard_normal(layer.pool.k.shape)).astype(layer.pool.k.dtype)
-        layer.pool.v = mx.array(rng.standard_normal(layer.pool.v.shape)).astype(layer.pool.v.dtype)
+        pools = layer.pool.k, layer.pool.v
+        layer.pool.fill(*(mx.array(rng.standard_normal(p.shape)).astype(p.dtype) for p in pools))
     mx.eval(cache.arrays())
     order = iter(rng.permutation(num_blocks) + 1)
     tables = [[next(order) for _ in range(-(-len(p) // block_size))] for p in prompts]
@@ -157,45 +157,65 @@ def _check_every_layer_attends(model: Model) -> None:
 # -- the kernels, one by one --
 
 _CHECKED_WINDOW = 256
+# A shape that many models have.
+COMMON = LayerSpec(None, 8, 128, 128, mx.float16), Attention(32, mx.float16, None, 0.0884, False)
 
 # Of the largest result: what rounding in this type makes of sums in another order.
 _KERNEL_ERROR = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 
 
-def check_kernels(model: Model, block_size: int, seed: int = 0) -> None:
-    """Compares the kernels with the reference on random rows in the shapes of the model's layers.
+def check_kernels(model: Model, block_size: int, *, is_read: bool = False) -> None:
+    """`check_attention` in the shapes of the model's layers, each once."""
+    for spec, attention in dict.fromkeys(_attentions(model, block_size)):
+        check_attention(spec, attention, block_size, is_read=is_read)
 
-    That compiles them too, so the first request doesn't wait for it.
+
+def check_attention(
+    spec: LayerSpec = COMMON[0],
+    attention: Attention = COMMON[1],
+    block_size: int = 16,
+    seed: int = 0,
+    *,
+    is_read: bool = False,
+) -> None:
+    """Compares the kernels with the reference on random rows of one layer; by default, of a common
+    shape.
+
+    That compiles them too, so the first request doesn't wait for it. `is_read` is for models that
+    read K and V as arrays: other kernels serve them.
 
     Raises UnsupportedModel: they give something else.
     """
     rng = np.random.default_rng(seed)
-    for spec, attention in dict.fromkeys(map(_narrowed, _attentions(model, block_size))):
-        # Runs of keys that are merged, and a sequence's keys in one run; chunks, alone and padded.
-        for sequences in (
-            [(5, 1), (300, 1), (700, 1), (40, 20)],
-            [(1, 1), (17, 1), (9, 9), (33, 8)],
-        ):
-            window = spec.window or 0
-            cases = [(context + window, rows) for context, rows in sequences]
-            ours, theirs = _both(spec, attention, cases, block_size, rng)
-            limit = _KERNEL_ERROR[spec.dtype] * np.abs(theirs).max()
-            difference = np.abs(ours - theirs).max()
-            if not difference <= limit:
-                raise UnsupportedModel(
-                    f"attention of {spec} differs from the reference by {difference:.2g}, where "
-                    f"{limit:.2g} is rounding"
-                )
+    spec, attention = _narrowed(spec, attention)
+    # Runs of keys that are merged, and a sequence's keys in one run; chunks, alone and padded.
+    for sequences, run_length in (
+        ([(5, 1), (300, 1), (700, 1), (40, 20)], 128),
+        ([(1, 1), (17, 1), (9, 9), (33, 8)], 1024),
+    ):
+        window = spec.window or 0
+        cases = [(context + window, rows) for context, rows in sequences]
+        ours, theirs = _both(spec, attention, cases, block_size, run_length, is_read, rng)
+        limit = _KERNEL_ERROR[spec.dtype] * np.abs(theirs).max()
+        difference = np.abs(ours - theirs).max()
+        if not difference <= limit:
+            raise UnsupportedModel(
+                f"attention of {spec} differs from the reference by {difference:.2g}, where "
+                f"{limit:.2g} is rounding"
+            )
 
 
-def _narrowed(layer: tuple) -> tuple:
+def _narrowed(spec: LayerSpec, attention: Attention) -> tuple[LayerSpec, Attention]:
     """With a window that a short sequence passes: kernels take it as a number like others."""
-    spec, (heads, dtype, window, scale, has_sinks) = layer
-    narrow = [None if w is None else min(w, _CHECKED_WINDOW) for w in (spec.window, window)]
-    return replace(spec, window=narrow[0]), (heads, dtype, narrow[1], scale, has_sinks)
+
+    def narrow(window: int | None) -> int | None:
+        return window and min(window, _CHECKED_WINDOW)
+
+    window = narrow(attention.window)
+    return replace(spec, window=narrow(spec.window)), attention._replace(window=window)
 
 
-def _attentions(model: Model, block_size: int) -> list[tuple]:
+def _attentions(model: Model, block_size: int) -> list[tuple[LayerSpec, Attention]]:
     """(spec, how the model attends) of each layer, as a forward of one token shows."""
     cache = KVCache(model.specs, [1] * len(windows(model.specs)), block_size)
     previous = model.cache
@@ -207,7 +227,9 @@ def _attentions(model: Model, block_size: int) -> list[tuple]:
     return [(layer.spec, layer.attention) for layer in cache.layers]
 
 
-def _both(spec, attention, sequences, block_size: int, rng) -> tuple[np.ndarray, np.ndarray]:
+def _both(
+    spec, attention, sequences, block_size: int, run_length: int, is_read: bool, rng
+) -> tuple[np.ndarray, np.ndarray]:
     """What kernels and reference give for random rows: outputs and written pools, flat."""
     heads, dtype, window, scale, has_sinks = attention
     needed = [-(-context // block_size) for context, _ in sequences]
@@ -230,10 +252,11 @@ def _both(spec, attention, sequences, block_size: int, rng) -> tuple[np.ndarray,
     results = []
     for backend in (kernels, reference):
         pool = backend.Pool(spec, sum(needed), block_size)
-        pool.k, pool.v = k_pool + 0, v_pool + 0
+        pool.fill(k_pool + 0, v_pool + 0)
         mx.eval(pool.arrays())
         step = backend.Step(rows, rows.block_tables[0], block_size, spec.window)
-        pool.write(step, k, v, None)
+        step.run_length = run_length
+        pool.write(step, k, v, None, is_read=is_read)
         # A row of each sequence's last block: what no row wrote may differ.
         written = mx.array(step.write_blocks), mx.array(rows.positions % block_size)
         outputs = [pool.attend(step, q, window, scale, sinks)]

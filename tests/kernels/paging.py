@@ -15,6 +15,7 @@ from metal.test_reference import Case, make
 
 from mlxpage import kernels
 from mlxpage.backend import mx
+from mlxpage.kernels import attention, launch, moving, work
 
 # Of the norm, over inputs that are rounded to the type first.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
@@ -35,22 +36,24 @@ def fresh_kernels() -> Iterator[None]:
 
 
 def forget(but: tuple = ()) -> None:
-    for name, function in vars(kernels).items():
-        if hasattr(function, "cache_clear") and name not in but:
-            function.cache_clear()
+    for module in (attention, launch, moving, work):
+        for name, function in vars(module).items():
+            if hasattr(function, "cache_clear") and name not in but:
+                function.cache_clear()
 
 
 @contextmanager
 def cut(run_length: int = ONE_RUN, cuda: bool = False) -> Iterator[None]:
     """How keys are cut into runs, and which GPU's tiling is taken."""
-    tiling = kernels.tiling
+
+    def tiling(*arguments):
+        return kernels.tiling(*arguments[:-1], cuda)
+
     with ExitStack() as stack:
         stack.callback(forget, but=("_kernel",))
-        for name, function in {
-            "_run_length": lambda *_: run_length,
-            "tiling": lambda *arguments: tiling(*arguments[:-1], cuda),
-        }.items():
-            stack.enter_context(patch.object(kernels, name, function))
+        stack.enter_context(patch.object(work, "_run_length", lambda *_: run_length))
+        for module in (work, attention):
+            stack.enter_context(patch.object(module, "tiling", tiling))
         forget(but=("_kernel",))
         yield
 
@@ -58,17 +61,17 @@ def cut(run_length: int = ONE_RUN, cuda: bool = False) -> Iterator[None]:
 @contextmanager
 def text_changed(file: str, old: str, new: str) -> Iterator[None]:
     """Kernels are made of another text."""
-    text = kernels._text
+    text = launch._text
 
     def changed(name: str) -> str:
         return text(name).replace(old, new) if name == file else text(name)
 
-    with patch.object(kernels, "_text", changed):
-        kernels._kernel.cache_clear()
+    with patch.object(launch, "_text", changed):
+        launch._kernel.cache_clear()
         try:
             yield
         finally:
-            kernels._kernel.cache_clear()
+            launch._kernel.cache_clear()
 
 
 # -- cases --
@@ -165,25 +168,56 @@ def floats(result: mx.array) -> np.ndarray:
 
 
 def attended(
-    case: Case, dtype: mx.Dtype, kv_dtype: mx.Dtype, *, softcap: float = 0.0, split: bool = False
+    case: Case,
+    dtype: mx.Dtype,
+    kv_dtype: mx.Dtype,
+    *,
+    softcap: float = 0.0,
+    split: bool = False,
+    append: bool = False,
 ) -> np.ndarray:
-    """What `kernels.paged_attention` makes of a case."""
-    work = kernels.plan_work(
-        case.starts, case.contexts, case.tables, case.block_size, case.window, 1, 1
+    """What `kernels.paged_attention` makes of a case. With `append`, the rows' own K and V aren't
+    in the pools before, but are after it."""
+    planned = kernels.plan_work(
+        case.starts, case.contexts, case.tables, case.block_size, case.window, work.RunCost(1, 1, 1)
     )
-    assert (work.partial_rows > 0) == split, "the case has as many runs as it is meant to have"
-    out = kernels.paged_attention(
+    assert (planned.partial_rows > 0) == split, "the case has as many runs as it is meant to have"
+    pools, new = [case.k_pool, case.v_pool], None
+    if append:
+        at = slots(case)
+        new = tuple(array(pool[at], kv_dtype)[:, :, None] for pool in pools)
+        pools = [without(pool, at) for pool in pools]
+    pools = [array(pool, kv_dtype) for pool in pools]
+    mx.eval(pools)
+    out, fence = kernels.paged_attention(
         array(case.q, dtype)[:, :, None],
-        array(case.k_pool, kv_dtype),
-        array(case.v_pool, kv_dtype),
-        work,
+        *pools,
+        planned,
         FENCE,
         scale=case.scale,
         sinks=None if case.sinks is None else array(case.sinks, dtype),
         softcap=softcap,
+        new=new,
     )
     assert out.dtype == dtype
+    mx.eval(out, fence)
+    assert fence.dtype == mx.int32 and fence.size >= 8
+    for pool, expected in zip(pools, (case.k_pool, case.v_pool), strict=True):
+        assert np.array_equal(floats(pool), floats(array(expected, kv_dtype)), equal_nan=True)
     return floats(out[:, :, 0])
+
+
+def slots(case: Case) -> tuple:
+    """Where the last positions of a case's sequences lie in the pools."""
+    last = case.contexts - 1
+    blocks = case.tables[np.arange(len(last)), last // case.block_size]
+    return blocks, slice(None), last % case.block_size
+
+
+def without(pool: np.ndarray, at: tuple) -> np.ndarray:
+    pool = pool.copy()
+    pool[at] = np.nan
+    return pool
 
 
 def error(out: np.ndarray, expected: np.ndarray) -> float:

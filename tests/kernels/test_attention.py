@@ -35,7 +35,7 @@ VALUES = {
     "head": [64, 80, 96, 112, 128, 192, 256, "192/128"],
     "group": [1, 2, 3, 4, 6, 7, 8, 12, 16],
     "block_size": [16, 32],
-    "rows": ["one", "several"],
+    "rows": ["one", "appended", "several"],
     "window": [None, 1, 13, 100],
     "sinks": [False, True],
     "softcap": [0.0, 1.5],
@@ -90,7 +90,12 @@ def check(setting: dict, seed: int) -> None:
         paging.cut(run_length if setting["split"] else ONE_RUN, setting["tiling"] == "cuda"),
         metal_sim.options(order=setting["order"], seed=seed),
     ):
-        out = paging.attended(case, dtype, kv_dtype, softcap=softcap, split=setting["split"])
+        out = paging.attended(
+            *(case, dtype, kv_dtype),
+            softcap=softcap,
+            split=setting["split"],
+            append=setting["rows"] == "appended",
+        )
     error = paging.error(out, paging.exact(case, softcap))
     assert error < TOLERANCE[dtype], f"{error:.2g} {case}"
 

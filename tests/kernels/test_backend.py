@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import paging
 import pytest
 import serving
+import stress
+import tiny_folder
 import tiny_models
 
-from mlxpage import choice, kernels, memory, reference, self_check
+from mlxpage import choice, describe, kernels, memory, reference, self_check
 from mlxpage.backend import mx
 from mlxpage.engine import Engine
 from mlxpage.errors import InvalidRequest, UnsupportedModel
+from mlxpage.kernels import chunks, launch, pool
+from mlxpage.kernels.work import RunCost
+from mlxpage.kv_cache import KVCache
 from mlxpage.model import Model
 from mlxpage.sampling_params import SamplingParams
 
@@ -22,7 +29,7 @@ MODELS = {
     "gpt_oss": {"head_dim": 32},
     "qwen3": {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2},
 }
-LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
+LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": stress.CHUNK}
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +39,7 @@ def fresh_kernels(metal):
 
 
 def engine(model, backend, num_blocks=40) -> Engine:
+    model.fetches = False  # as the self-check finds of these
     plan = memory.plan(model, num_blocks=num_blocks, **LIMITS)
     return Engine(model, serving.ByteTokenizer(), plan, seed=0, backend=backend, **LIMITS)
 
@@ -85,7 +93,7 @@ def test_the_kernels_pass_their_check_on_a_models_shapes(family):
 )
 def test_kernels_that_give_something_else_fail_their_check(file, old, new):
     model = tiny_models.make("gemma3_text", head_dim=32)
-    assert kernels._text(file).count(old) == 1
+    assert launch._text(file).count(old) == 1
     with paging.text_changed(file, old, new):
         paging.forget()
         with pytest.raises(UnsupportedModel, match="differs from the reference by"):
@@ -125,17 +133,21 @@ def test_sound_kernels_serve_and_say_that_they_were_checked(monkeypatch):
 
 
 @pytest.mark.parametrize("gathers", [True, False])
-def test_a_model_that_cannot_be_compiled_is_served_as_it_is(gathers):
-    """The simulator runs a kernel at once, so a trace fails at its first: all else must stand."""
+def test_a_model_that_cannot_be_compiled_is_served_as_it_is(monkeypatch, gathers):
+    """One that looks at its numbers: a trace has none. All else must stand."""
     model = tiny_models.make("gpt_oss", head_dim=32)
     if not gathers:
         model._gathers_rows = False
         model.module.model.__class__ = type(model.module.model).__mro__[1]
+    call = type(model.module).__call__
+
+    def looking(module, tokens, *args, **options):
+        assert tokens.min().item() >= 0
+        return call(module, tokens, *args, **options)
+
+    monkeypatch.setattr(type(model.module), "__call__", looking)
     expected = serving.serve(engine(model, choice.REFERENCE), prompts(), PARAMS[0])
     served = engine(model, ON_KERNELS)
-    # With the stand-ins a model may be compiled, where K and V are fetched it may not.
-    model.fetches = False
-    served._new_pool()
     outputs = serving.serve(served, prompts(), PARAMS[0])
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
     assert model._compiled.error is not None
@@ -150,9 +162,9 @@ def test_metadata_that_is_made_while_a_function_is_compiled_is_an_error():
     known = model.cache.inputs()
     model.cache.put(known, tracing=True)
     with pytest.raises(RuntimeError, match="attends otherwise than it did before"):
-        step.work(3, 1, 1)
+        step.work(3, RunCost(1, 1, 1))
     model.cache.put(known)
-    step.work(3, 1, 1)
+    step.work(3, RunCost(1, 1, 1))
 
 
 def test_v_of_another_type_than_k_is_written_in_the_pools():
@@ -171,48 +183,68 @@ def test_v_of_another_type_than_k_is_written_in_the_pools():
 
 
 class Recorder:
-    """Stands between `kernels` and a kernel, and sees which arrays a call takes and gives."""
+    """Stands between a pool and the kernels, and notes what each call waits for and gives."""
 
     def __init__(self, monkeypatch):
-        self.calls: list[tuple[str, list, list]] = []
-        call = kernels._Launch.__call__
+        self.calls: list[tuple] = []
+        """(what, pool, fence taken, fence given) in order, and ("end", after) of each forward."""
+        for module, name in (
+            (pool, "write"),
+            (pool, "paged_attention"),
+            (pool, "gather"),
+            (chunks, "gather"),
+        ):
+            monkeypatch.setattr(module, name, self.noting(name, getattr(module, name)))
+        end = KVCache.end
 
-        def recorded(launch, *inputs):
-            outputs = call(launch, *inputs)
-            self.calls.append((launch.name, list(inputs), list(outputs)))
-            return outputs
+        def noted(cache, after):
+            end(cache, after)
+            self.calls.append(("end", cache.after))
 
-        monkeypatch.setattr(kernels._Launch, "__call__", recorded)
+        monkeypatch.setattr(KVCache, "end", noted)
+
+    def noting(self, name, call):
+        def noted(*args, **options):
+            result = call(*args, **options)
+            k_pool = args[{"write": 2, "paged_attention": 1, "gather": 0}[name]]
+            taken = args[4] if name == "paged_attention" else args[5]
+            given = {"write": result, "paged_attention": result[1], "gather": None}[name]
+            kind = "append" if options.get("new") is not None else name
+            self.calls.append((kind, id(k_pool), taken, given))
+            return result
+
+        return noted
 
 
-def test_every_read_takes_the_fence_of_its_layers_write_and_every_write_comes_after_the_last_step(
-    monkeypatch,
+@pytest.mark.parametrize("fetches", [False, True])
+def test_every_read_comes_after_its_layers_write_and_every_write_after_the_last_step(
+    monkeypatch, fetches
 ):
     model = tiny_models.make("llama", hidden_size=128)
+    monkeypatch.setattr(kernels, "COMPILES", False)  # a trace has other arrays
     served = engine(model, ON_KERNELS)
+    model.fetches = fetches
+    served._new_pool()
     recorder = Recorder(monkeypatch)
-    afters: list = []
-    end = type(model.cache).end
-
-    def noted(cache, after):
-        end(cache, after)
-        afters.append(cache._forward.after)
-
-    monkeypatch.setattr(type(model.cache), "end", noted)
     serving.serve(served, prompts(), SamplingParams(temperature=0, max_tokens=3))
-    layers, forward, writes, fences, reads = len(model.specs), 0, 0, {}, 0
-    for name, inputs, outputs in recorder.calls:
-        if name == "write_kv":
-            forward, writes = writes // layers, writes + 1
-            if forward:
-                assert inputs[-1] is afters[forward - 1]
-            fences[id(inputs[2])] = outputs[0]
-        elif name in ("paged_attention", "gather_blocks"):
-            k_pool = inputs[1] if name == "paged_attention" else inputs[0]
-            assert inputs[-1] is fences[id(k_pool)]
-            reads += 1
-    assert writes == layers * len(afters) > 0
-    assert reads >= writes
+    after, fences, kinds = None, {}, Counter()
+    for kind, *call in recorder.calls:
+        kinds[kind] += 1
+        if kind == "end":
+            (after,) = call
+            fences.clear()
+            continue
+        k_pool, taken, given = call
+        if k_pool in fences:
+            assert taken is fences[k_pool], "of the layer's last call, its write to begin with"
+        else:
+            assert kind in ("write", "append"), "nothing is read before the forward has written"
+            assert after is None or taken is after
+        if given is not None:
+            fences[k_pool] = given
+    assert kinds["end"] > 3 and kinds["write"] and kinds["gather"]
+    assert kinds["paged_attention" if fetches else "append"]
+    assert not kinds["append" if fetches else "paged_attention"]
 
 
 def test_what_a_step_evaluates_holds_every_fence_and_what_comes_after_its_reads():
@@ -259,3 +291,28 @@ def test_a_gpu_is_used_if_nothing_else_is_asked_for(on_cpu, monkeypatch, kind):
     monkeypatch.setattr(choice, "device", lambda: type("Device", (), {"kind": kind}))
     assert (choice.wanted().name, choice.wanted().ops) == (kind, kernels)
     assert choice.wanted("reference").ops is reference
+
+
+# -- what `mlxpage info` tells of it --
+
+
+def test_info_tells_that_the_kernels_passed_their_check(monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "wanted", lambda name=None: ON_KERNELS)
+    told = "metal (the tests; the kernels passed their check)"
+    assert describe.machine()["backend"] == told
+    assert (
+        describe.model(tiny_folder.make(tmp_path / "model", hidden_size=128))["backend for it"]
+        == told
+    )
+
+
+def test_info_tells_why_the_kernels_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "wanted", lambda name=None: ON_KERNELS)
+    with paging.text_changed("paged_attention.metal", "at > first_key", "this is no Metal"):
+        paging.forget()
+        backend = describe.machine()["backend"]
+        of_model = describe.model(tiny_folder.make(tmp_path / "model", hidden_size=128))[
+            "backend for it"
+        ]
+    assert backend.startswith("reference (the metal kernels failed: ")
+    assert of_model.startswith("reference (the metal kernels failed: ")

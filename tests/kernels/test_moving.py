@@ -8,6 +8,7 @@ import pytest
 
 from mlxpage import kernels
 from mlxpage.backend import mx
+from mlxpage.kernels.launch import padded
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_rows_land_in_their_slots_and_nowhere_else(shape, dtype, count, thread_o
     for pool, rows in zip(expected, (k, v), strict=True):
         pool[slots // block_size, :, slots % block_size] = paging.floats(rows)[:, :, 0]
     after = mx.zeros(8)
-    fence = kernels.write(k, v, k_pool, v_pool, kernels._padded(slots.astype(np.int32)), after)
+    fence = kernels.write(k, v, k_pool, v_pool, padded(slots.astype(np.int32)), after)
     mx.eval(fence)
     assert fence.size >= 8
     assert np.array_equal(paging.floats(k_pool), expected[0])
@@ -71,8 +72,8 @@ def test_a_gathered_sequence_is_in_order_and_zero_behind_its_end(
     positions = max(lengths)
     gathered = kernels.gather(
         *(k_pool, v_pool),
-        kernels._padded(tables.astype(np.int32)),
-        kernels._padded(np.array(lengths, np.int32)),
+        padded(tables.astype(np.int32)),
+        padded(np.array(lengths, np.int32)),
         (len(lengths), width, positions),
         paging.FENCE,
     )
@@ -115,7 +116,7 @@ def test_a_pool_may_have_more_elements_than_32_bits_count(name):
     rows = random(rng, (2, kv_heads, 1, dim), mx.float16)
     where = np.array([last * block_size + 5, last * block_size + 6], np.int32)
     if name == "write":
-        mx.eval(kernels.write(rows, -rows, k_pool, v_pool, kernels._padded(where), mx.zeros(8)))
+        mx.eval(kernels.write(rows, -rows, k_pool, v_pool, padded(where), mx.zeros(8)))
         assert np.array_equal(
             paging.floats(k_pool[last, :, 5:7]), paging.floats(rows)[:, :, 0].swapaxes(0, 1)
         )
@@ -133,7 +134,7 @@ def test_a_pool_may_have_more_elements_than_32_bits_count(name):
         return
     table, length = np.array([[last]], np.int32), np.array([2], np.int32)
     if name == "gather":
-        tables, lengths = kernels._padded(table), kernels._padded(length)
+        tables, lengths = padded(table), padded(length)
         k, v = kernels.gather(k_pool, v_pool, tables, lengths, (1, 1, 2), paging.FENCE)
         assert np.array_equal(paging.floats(k)[0], paging.floats(rows)[:, :, 0].swapaxes(0, 1))
         assert np.array_equal(paging.floats(v), -paging.floats(k))

@@ -16,8 +16,8 @@ import pytest
 import test_moving
 from paging import ONE_RUN, TOLERANCE
 
-from mlxpage import kernels
 from mlxpage.backend import mx
+from mlxpage.kernels import launch
 
 ATTENTION, MERGE, COMMON = "paged_attention.metal", "merge_partials.metal", "common.h"
 WRITE, GATHER, COPY = "write_kv.metal", "gather_blocks.metal", "copy_blocks.metal"
@@ -60,6 +60,21 @@ MUTANTS = [
     (ATTENTION, "(SPLIT ? partial_start : row_start)", "row_start"),
     (ATTENTION, "floats[1] * mlxpage::LOG2_E * tanh(scores[i])", "mlxpage::LOG2_E * tanh(scores[i])"),
     (ATTENTION, "if (num_queries <= 0) {", "if (num_queries <= 0 && simd_group > 0) {"),
+    (ATTENTION, "APPEND ? min(run_end, context - 1) : run_end;", "run_end;"),
+    (ATTENTION, "if (APPEND && run_end == context && simd_group == SIMD_GROUPS - 1) {", "if (APPEND && simd_group == 0) {"),
+    (ATTENTION, "if (APPEND && run_end == context && simd_group == SIMD_GROUPS - 1) {", "if (APPEND && run_end == context) {"),
+    (ATTENTION, "if (key_group == 0 && first_query == 0) {", "if (first_query == 0) {"),
+    (ATTENTION, "if (key_group == 0 && first_query == 0) {", "if (key_group == 0) {"),
+    (ATTENTION, "long(row_start) * KV_HEADS + kv_head;", "long(sequence) * KV_HEADS;"),
+    (ATTENTION, "+ (context - 1) % BLOCK_SIZE;", "+ context % BLOCK_SIZE;"),
+    (ATTENTION, "const long block = table[(context - 1) / BLOCK_SIZE];", "const long block = table[context / BLOCK_SIZE];"),
+    (ATTENTION, "mlxpage::store(new_v, (device KV*)(v_pool + to * V_DIM), lane);", ""),
+    (ATTENTION, "largest = i == own_query ? score : largest;", "largest = score;"),
+    (ATTENTION, "largest = floats[1] * mlxpage::LOG2_E * tanh(largest);", ""),
+    (ATTENTION, "total = lane % QUERY_LANES < COPIES ? 1.0f : 0.0f;", "total = 1.0f;"),
+    (ATTENTION, "sums[i][j] = values[j];", "sums[i][j] = 0.0f;"),
+    (ATTENTION, "score += simd_shuffle_xor(score, ushort(mask));", ""),
+    (COMMON, "store_words((device uint*)(row + (piece * LANES + lane) * WIDTH), share.words[piece]);", "store_words((device uint*)(row + lane * WIDTH), share.words[piece]);"),
     (MERGE, "const long stride = long(rows) * HEADS;", "const long stride = HEADS;"),
     (MERGE, "run < runs; run++", "run + 1 < runs; run++"),
     (MERGE, "fast::exp2(stats[at] - largest) * stats[at + 1]", "stats[at + 1]"),
@@ -74,7 +89,7 @@ MUTANTS = [
     (COPY, "if (copy >= ints[0]) {", "if (copy > ints[0]) {"),
     (COMMON, "words[3] = v.w;", "words[3] = v.z;"),
     (COMMON, "to[0] = as_type<float>(word << 16);", "to[0] = as_type<float>(word << 15);"),
-    (COMMON, "(piece * LANES + lane) * WIDTH)", "(piece * LANES + lane) * WIDTH + 1)"),
+    (COMMON, "load_words((const device uint*)(row + (piece * LANES + lane) * WIDTH)", "load_words((const device uint*)(row + (piece * LANES + lane) * WIDTH + 1)"),
 ]  # fmt: skip
 
 
@@ -87,21 +102,26 @@ def fresh_kernels(metal):
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 # (sequences, options, dtypes of queries and pool, length of runs, CUDA's tiling, softcap)
 CASES = [
-    ([(1, 1), (17, 1), (200, 1)], {"heads": (2, 3, 64, 32)}, (F32, F32), ONE_RUN, False, 0),
+    ([(1, 1), (16, 1), (200, 1)], {"heads": (2, 3, 64, 32)}, (F32, F32), ONE_RUN, False, 0),
     ([(193, 1), (65, 2), (300, 4)], {"heads": (2, 3, 64, 80), "sinks": True}, (F32, F32), 64, False, 0),
     ([(90, 1), (50, 3)], {"heads": (1, 2, 64, 64), "window": 13}, (F16, F16), ONE_RUN, True, 0),
     ([(90, 1), (150, 2)], {"heads": (2, 1, 80, 80), "sinks": True}, (F32, BF16), ONE_RUN, True, 1.5),
     ([(70, 1), (33, 2)], {"heads": (1, 12, 128, 128), "block_size": 32}, (BF16, BF16), ONE_RUN, True, 0),
     ([(150, 1)], {"heads": (1, 1, 64, 64)}, (BF16, BF16), 48, True, 0),
+    ([(193, 1), (65, 1)], {"heads": (2, 12, 64, 80), "window": 40}, (F32, F16), 32, False, 1.5),
 ]  # fmt: skip
 
 
 def check_attention() -> None:
     for sequences, options, dtypes, run, cuda, softcap in CASES:
         case = paging.case(np.random.default_rng(0), sequences, *dtypes, **options)
-        with paging.cut(run, cuda):
-            out = paging.attended(case, *dtypes, softcap=softcap, split=run < ONE_RUN)
-        assert paging.error(out, paging.exact(case, softcap)) < TOLERANCE[dtypes[0]]
+        may_append = all(rows == 1 for _, rows in sequences)
+        for append in (False, True) if may_append else (False,):
+            with paging.cut(run, cuda):
+                out = paging.attended(
+                    case, *dtypes, softcap=softcap, split=run < ONE_RUN, append=append
+                )
+            assert paging.error(out, paging.exact(case, softcap)) < TOLERANCE[dtypes[0]]
 
 
 def check_moving() -> None:
@@ -139,7 +159,7 @@ def test_the_cases_run_every_line_of_every_text():
 
 @pytest.mark.parametrize("file, old, new", MUTANTS, ids=lambda text: str(text)[:60])
 def test_a_mutant_changes_one_place(file, old, new):
-    assert kernels._text(file).count(old) == 1
+    assert launch._text(file).count(old) == 1
     assert old != new
 
 

@@ -1,0 +1,27 @@
+"""Paged attention on a GPU: the texts in metal/, compiled for Metal or CUDA, a function for each.
+
+`reference` has the same functions in plain MLX, and says what they compute. Here the pools are
+written in place, behind MLX's back, so the order is carried by fences: small arrays that MLX does
+see. A layer's write gives one, and whatever reads that layer's pool takes it in; a write takes what
+comes after every read of the step before. On a GPU nothing but these kernels touches a pool.
+"""
+
+from mlxpage.kernels.attention import paged_attention
+from mlxpage.kernels.moving import copy_blocks, gather, pool_kind, write
+from mlxpage.kernels.pool import COMPILES, LOOK_AHEAD, Pool, Step
+from mlxpage.kernels.work import plan_work, run_cost, tiling
+
+__all__ = [
+    "COMPILES",
+    "LOOK_AHEAD",
+    "Pool",
+    "Step",
+    "copy_blocks",
+    "gather",
+    "paged_attention",
+    "plan_work",
+    "pool_kind",
+    "run_cost",
+    "tiling",
+    "write",
+]

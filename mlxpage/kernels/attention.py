@@ -1,0 +1,100 @@
+"""Attention of a few rows of each sequence to what its blocks hold."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from mlxpage.backend import mx
+from mlxpage.kernels.launch import Launch, at_least_8, floats, ints, launch, on_cuda
+from mlxpage.kernels.moving import pool_kind
+from mlxpage.kernels.work import Work, tiling
+
+
+def paged_attention(
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    work: Work,
+    after: mx.array,
+    *,
+    scale: float,
+    sinks: mx.array | None = None,
+    softcap: float = 0.0,
+    new: tuple[mx.array, mx.array] | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Attention of the rows of `work` to their own sequences.
+
+    Args:
+        q: (rows, heads, 1, k_dim), float32, float16 or bfloat16.
+        k_pool: (num_blocks + 1, kv_heads, block_size, k_dim), likewise.
+        v_pool: (num_blocks + 1, kv_heads, block_size, v_dim).
+        after: int32, 8 elements or more; all is read and written once it's computed.
+        scale: factor of the scores.
+        sinks: (heads,) a logit in each head's softmax that has no value.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        new: K (rows, kv_heads, 1, k_dim) and V (rows, kv_heads, 1, v_dim) of the rows, in the
+            pool's dtype, one row to a sequence: they are written too, in place. Without it they
+            are in the pool already.
+
+    Returns:
+        (rows, heads, 1, v_dim), and a fence, as `write` does.
+    """
+    if new is not None and work.max_rows > 1:
+        raise ValueError(f"a sequence has {work.max_rows} rows; only one of each can be appended")
+    heads = q.shape[1]
+    attend, merge = _attention_launches(
+        (q.dtype, heads, sinks is not None, softcap > 0, new is not None),
+        (pool_kind(k_pool), v_pool.shape[3]),
+        (work.rows, work.max_rows, work.items, work.partial_rows),
+    )
+    numbers = floats(scale, softcap)
+    sinks = numbers if sinks is None else at_least_8(sinks)
+    k, v = new or (k_pool, v_pool)
+    out, stats = attend(q, k, v, k_pool, v_pool, *work.inputs, numbers, sinks, after)
+    fence = at_least_8(stats).view(mx.int32)
+    if merge is not None:
+        (out,) = merge(out, stats, *work.merge_inputs, sinks, ints(work.rows))
+    return out, fence
+
+
+@lru_cache(1024)
+def _attention_launches(queries, pools, work) -> tuple[Launch, Launch | None]:
+    """The launch of paged_attention, and that of merge_partials if there is something to merge."""
+    dtype, heads, has_sinks, has_softcap, appends = queries
+    ((kv_heads, block_size, k_dim), kv_dtype), v_dim = pools
+    rows, max_rows, items, partial_rows = work
+    group = heads // kv_heads
+    shape = tiling(k_dim, v_dim, group * max_rows, kv_dtype.size, block_size, on_cuda())
+    out_dtype = mx.float32 if partial_rows else dtype
+    template = {
+        "T": dtype,
+        "KV": kv_dtype,
+        "Out": out_dtype,
+        "K_DIM": k_dim,
+        "V_DIM": v_dim,
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        **{name.upper(): value for name, value in shape._asdict().items()},
+        "SINKS": has_sinks,
+        "SOFTCAP": has_softcap,
+        "SPLIT": partial_rows > 0,
+        "APPEND": appends,
+    }
+    threads = shape.simd_groups * 32
+    passes = -(-group * max_rows // shape.queries)
+    results = partial_rows or rows, heads
+    attend = launch(
+        "paged_attention",
+        template,
+        (items * threads, kv_heads * passes, 1),
+        threads,
+        ((*results, 1, v_dim), out_dtype),
+        ((*results, 2), mx.float32),
+    )
+    if not partial_rows:
+        return attend, None
+    template = {"T": dtype, "HEADS": heads, "V_DIM": v_dim, "SINKS": has_sinks, "SIMD_GROUPS": 4}
+    threadgroups = -(-rows * heads // 4)
+    out = (rows, heads, 1, v_dim), dtype
+    return attend, launch("merge_partials", template, (threadgroups * 128, 1, 1), 128, out)

@@ -1,0 +1,197 @@
+"""Blocks that only the kernels write and read, and a step over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mlxpage import layout, reference
+from mlxpage.backend import mx
+from mlxpage.kernels.attention import paged_attention
+from mlxpage.kernels.chunks import Chunk, attend_chunk, plan_chunks
+from mlxpage.kernels.launch import LEAST, padded
+from mlxpage.kernels.moving import PoolKind, gather, pool_kind, write
+from mlxpage.kernels.work import RunCost, Work, plan_work, run_cost
+from mlxpage.layout import Attention, LayerSpec
+
+LOOK_AHEAD = 1
+COMPILES = True
+_TABLE_WIDTH = 32
+
+
+class Step(layout.Step):
+    """The metadata that the kernels take, made once for all layers of a cache group."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        # A compiled function is good for one width.
+        more = -self.tables.shape[1] % _TABLE_WIDTH
+        self.tables = np.pad(self.tables, [(0, 0), (0, more)])
+        self._slots: dict[int, mx.array] = {}
+        self._work: dict[tuple, Work] = {}
+        self._chunks: dict[tuple, list[Chunk]] = {}
+        self._row_lengths: mx.array | None = None
+        self.run_length: int | None = None
+        """As in `plan_work`; the self-check cuts where a plan wouldn't."""
+        self.is_traced = False
+        """While a function is compiled: metadata made now would stay what it is."""
+
+    @property
+    def row_lengths(self) -> mx.array:
+        """(T or more,) positions that each row may read, without a window."""
+        if self._row_lengths is None:
+            self._row_lengths = padded(self.rows.positions + 1)
+        return self._row_lengths
+
+    def slots(self, first: int) -> mx.array:
+        """(T - first or more,) where the rows from `first` on are written to."""
+        if first not in self._slots:
+            blocks, positions = self.write_blocks[first:], self.rows.positions[first:]
+            slots = blocks * self.block_size + positions % self.block_size
+            self._slots[first] = padded(slots.astype(np.int32))
+        return self._slots[first]
+
+    def prepare(self, kind: tuple, attention: Attention) -> None:
+        """Makes the metadata that layers with such pools will take, which attend so."""
+        self.work(attention.window, run_cost(*kind, attention.heads))
+
+    def signature(self) -> tuple:
+        """What is fixed in a compiled forward."""
+        tables = self.tables.shape
+        return tables, *((key, work[:4]) for key, work in self._work.items())
+
+    def inputs(self) -> list[mx.array]:
+        return [a for work in self._work.values() for a in (*work.inputs, *work.merge_inputs)]
+
+    def put(self, inputs: Iterator[mx.array]) -> None:
+        """Puts others in the place of `inputs`."""
+        for key, work in self._work.items():
+            self._work[key] = work._replace(
+                inputs=[next(inputs) for _ in work.inputs],
+                merge_inputs=[next(inputs) for _ in work.merge_inputs],
+            )
+
+    def work(self, window: int | None, cost: RunCost) -> Work:
+        """Of the sequences with a single row."""
+        key = window, cost
+        if key not in self._work:
+            if self.is_traced:
+                raise RuntimeError("a layer attends otherwise than it did before")
+            count, rows = self.rows.num_decoding, self.rows
+            self._work[key] = plan_work(
+                rows.starts[: count + 1],
+                rows.contexts[:count],
+                self.tables[:count],
+                self.block_size,
+                *key,
+                self.run_length,
+            )
+        return self._work[key]
+
+    def chunks(self, window: int | None, most_scores: int) -> list[Chunk]:
+        """Of the others."""
+        key = window, most_scores
+        if key not in self._chunks:
+            count, rows = self.rows.num_decoding, self.rows
+            self._chunks[key] = plan_chunks(
+                rows.starts[count:],
+                rows.contexts[count:],
+                self.tables[count:],
+                self.block_size,
+                window,
+                most_scores,
+            )
+        return self._chunks[key]
+
+
+class Pool:
+    """The blocks of one layer, which only the kernels write and read."""
+
+    def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
+        shape = (num_blocks + 1, spec.kv_heads, block_size)
+        self.fill(
+            mx.zeros((*shape, spec.k_head_dim), spec.dtype),
+            mx.zeros((*shape, spec.v_head_dim), spec.dtype),
+        )
+        self.fence = mx.zeros(LEAST, mx.int32)
+        self._new: tuple[mx.array, mx.array] | None = None
+
+    def fill(self, k: mx.array, v: mx.array) -> None:
+        """Makes these the pools: (num_blocks + 1, kv_heads, block_size, head_dim) each."""
+        self.k, self.v = k, v
+        self._inputs = as_input(k), as_input(v)
+
+    @property
+    def kind(self) -> tuple[PoolKind, int]:
+        """Shape and dtype of the K pool but for its blocks, and the head size of V."""
+        return pool_kind(self.k), self.v.shape[3]
+
+    def arrays(self) -> list[mx.array]:
+        return [self.k, self.v, self.fence]
+
+    def inputs(self) -> list[mx.array]:
+        """What the kernels take of it, in a compiled forward."""
+        return list(self._inputs)
+
+    def put(self, inputs: Iterator[mx.array]) -> None:
+        """Puts others in the place of `inputs`."""
+        self._inputs = next(inputs), next(inputs)
+        self._new = None
+
+    def written(self) -> list[mx.array]:
+        """What has to be evaluated in every step, so that its writes take place."""
+        return [self.fence]
+
+    def write(
+        self, step: Step, k: mx.array, v: mx.array, after: mx.array | None, *, is_read: bool
+    ) -> None:
+        """k and v: (T, kv_heads, 1, head_dim). Unless the model reads them as arrays, `is_read`,
+        those of single rows are written by their own attention: a launch less."""
+        # Norms in float32 make such K of models whose V has 16 bits.
+        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
+        appended = 0 if is_read else step.rows.num_decoding
+        self._new = (k[:appended], v[:appended]) if appended else None
+        self.fence = self.fence if after is None else after
+        if appended < len(k):
+            k, v = k[appended:], v[appended:]
+            self.fence = write(k, v, *self._inputs, step.slots(appended), self.fence)
+
+    def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
+        """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
+        rows, width = step.row_tables.shape
+        shape = (rows, width, width * step.block_size)
+        return gather(*self._inputs, step.row_tables, step.row_lengths, shape, self.fence)
+
+    def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
+        """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
+        q = q.astype(mx.result_type(q, self.k))  # the type of the results too, as MLX has it
+        rows, heads = q.shape[:2]
+        decoding = step.rows.num_decoding
+        outs = []
+        if decoding:
+            work = step.work(window, run_cost(*self.kind, heads))
+            options = {"scale": scale, "sinks": sinks, "new": self._new}
+            out, self.fence = paged_attention(
+                q[:decoding], *self._inputs, work, self.fence, **options
+            )
+            self._new = None
+            outs.append(out)
+        if decoding < rows:
+            for chunk in step.chunks(window, self._most_scores(heads)):
+                part, options = q[chunk.rows], {"scale": scale, "sinks": sinks}
+                outs.append(attend_chunk(part, *self._inputs, chunk, self.fence, **options))
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs)
+
+    def _most_scores(self, heads: int) -> int:
+        is_fused = self.k.dtype.size == 2 and self.k.shape[3] == self.v.shape[3] in (64, 80, 128)
+        return 2**40 if is_fused else max(1, reference.MAX_SCORES // heads)
+
+
+def as_input(pool: mx.array) -> mx.array:
+    """A pool's first block, which kernels read and write beyond: they take an address.
+
+    MLX ends a command buffer after so many megabytes of inputs, and would count the whole pool at
+    every launch, of which a step reads little.
+    """
+    return pool[:1]

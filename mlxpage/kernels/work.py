@@ -1,0 +1,204 @@
+"""How the attention kernel's work is divided: among lanes, and among threadgroups."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mlxpage.backend import mx
+from mlxpage.errors import UnsupportedModel
+from mlxpage.kernels.launch import ints, on_cuda, padded
+from mlxpage.kernels.moving import PoolKind, load_width
+from mlxpage.layout import first_readable
+
+_NO_WINDOW = 2**30
+_MAX_THREADGROUP_BYTES = 24 * 1024
+
+
+class Tiling(NamedTuple):
+    """How paged_attention divides its work; the names are those of its text."""
+
+    queries: int
+    padded_queries: int
+    lanes: int
+    keys: int
+    k_width: int
+    v_width: int
+    simd_groups: int
+
+
+@cache
+def tiling(k_dim: int, v_dim: int, queries: int, itemsize: int, block_size: int, cuda: bool):
+    """A `Tiling` for heads of these sizes and so many queries that share a K and V.
+
+    Raises UnsupportedModel for a head size that no choice of lanes divides.
+    """
+    registers = 32 if cuda else 16  # floats of the queries, and as many of the sums, in a lane
+    loads = 64 if cuda else 16  # words of K and V that are on their way
+    widest = max(k_dim, v_dim)
+    elements = 4 // min(itemsize, 4)  # in a word
+    possible = [
+        lanes
+        for lanes in (4, 8, 16, 32)
+        if k_dim % (lanes * elements) == 0 and v_dim % (lanes * elements) == 0
+    ]
+    if not possible:
+        raise UnsupportedModel(
+            f"heads of {k_dim} and {v_dim} elements are not a multiple of {4 * elements}, which "
+            "the attention kernel needs"
+        )
+    at_once = min(queries, 8, possible[-1])
+    while at_once > 1 and at_once * widest // possible[-1] > registers:
+        at_once -= 1
+    # The same number in each pass.
+    at_once = -(-queries // -(-queries // at_once))
+    padded = 1 << (at_once - 1).bit_length()
+    enough = [n for n in possible if n >= padded and at_once * widest // n <= registers]
+    lanes = min(enough, default=possible[-1])
+    share = (k_dim + v_dim) // lanes * itemsize // 4  # words that a lane holds of a K and a V
+    keys = 1
+    while keys < min(8, block_size) and 2 * keys * share <= loads and 2 * keys * padded <= 32:
+        keys *= 2
+    simd_groups = 4
+    while simd_groups > 1 and simd_groups * at_once * v_dim * 4 > _MAX_THREADGROUP_BYTES:
+        simd_groups //= 2
+    return Tiling(
+        at_once,
+        padded,
+        lanes,
+        keys,
+        load_width(k_dim // lanes, itemsize=itemsize),
+        load_width(v_dim // lanes, itemsize=itemsize),
+        simd_groups,
+    )
+
+
+class RunCost(NamedTuple):
+    """What a run of keys costs, when each sequence has a single row."""
+
+    threadgroups: int
+    key_bytes: int  # that a threadgroup reads of a K and its V
+    queries: int  # that a threadgroup computes with them
+
+
+def run_cost(k_pool: PoolKind, v_dim: int, heads: int) -> RunCost:
+    (kv_heads, block_size, k_dim), dtype = k_pool
+    group = heads // kv_heads
+    shape = tiling(k_dim, v_dim, group, dtype.size, block_size, on_cuda())
+    passes = -(-group // shape.queries)
+    return RunCost(kv_heads * passes, (k_dim + v_dim) * dtype.size, shape.queries)
+
+
+class Work(NamedTuple):
+    """What paged_attention's threadgroups compute, for a number of sequences."""
+
+    rows: int
+    max_rows: int  # of a sequence
+    items: int
+    partial_rows: int  # 0: each sequence's keys are one run, there is nothing to merge
+    inputs: list[mx.array]  # block_tables, work, ints
+    merge_inputs: list[mx.array]  # owners, row_starts, partial_starts
+
+
+def plan_work(
+    starts: np.ndarray,
+    contexts: np.ndarray,
+    tables: np.ndarray,
+    block_size: int,
+    window: int | None,
+    cost: RunCost,
+    run_length: int | None = None,
+) -> Work:
+    """Cuts the keys of sequences into runs, few but enough to fill the GPU.
+
+    Args:
+        starts: (S + 1,) int32, row at which each sequence's rows start, from 0 on.
+        contexts: (S,) int32, positions of each sequence, its rows being the last ones.
+        tables: (S, M) int32 block ids.
+        window: as in `reference.plan`.
+        cost: of a run.
+        run_length: keys that a run has at most; None is as many as take the least time.
+    """
+    rows = np.diff(starts)
+    first = first_readable(contexts - rows, block_size, window)
+    lengths = contexts - first
+    # As many runs as that makes, but of equal lengths.
+    size = lengths / -(-lengths // (run_length or _run_length(lengths, cost)))
+    size = (-(-size // block_size) * block_size).astype(np.int64)
+    counts = -(-lengths // size)
+    sequences = np.repeat(np.arange(len(contexts)), counts)
+    nth = np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = first[sequences] + nth * size[sequences]
+    ends = np.minimum(begins + size[sequences], contexts[sequences])
+    partial_starts = np.concatenate([[0], np.cumsum(counts * rows)])
+    partials = partial_starts[sequences] + nth * rows[sequences]
+    # The longest sequences come last, and their runs first: none begins when the rest is over.
+    of_sequence = np.stack([starts[:-1], rows, contexts, np.zeros_like(rows)], axis=1)
+    runs = np.stack([sequences, begins, ends, partials], axis=1)
+    runs = np.concatenate([runs, of_sequence[sequences]], axis=1).astype(np.int32)[::-1]
+    return Work(
+        rows=int(starts[-1]),
+        max_rows=int(rows.max()),
+        items=len(runs),
+        partial_rows=int(partial_starts[-1]) if len(runs) > len(contexts) else 0,
+        inputs=[
+            padded(tables),
+            padded(runs),
+            ints(tables.shape[1], window or _NO_WINDOW),
+        ],
+        merge_inputs=[
+            padded(np.repeat(np.arange(len(contexts), dtype=np.int32), rows)),
+            padded(starts),
+            padded(partial_starts.astype(np.int32)),
+        ],
+    )
+
+
+class _Gpu(NamedTuple):
+    """What the cutting of keys into runs rests on. Times are in bytes of K and V that the GPU
+    could read in them."""
+
+    at_once: int  # threadgroups that fit
+    some: int  # threadgroups that read 76 % of what the GPU can: n of them tanh(n / some)
+    start: int  # time in which the threadgroups that fit begin and end
+    merge: int  # time of merging, with a launch that the host has to make too
+
+
+# Fitted to an H100 (`benchmarks/attention.py`); for Apple's GPUs a guess.
+_GPUS = {True: _Gpu(264, 115, 4_100_000, 36_000_000), False: _Gpu(128, 40, 2_000_000, 3_000_000)}
+_RUN_LENGTHS = np.array([64, 128, 256, 512, 1024, 2048, 4096, 8192, 2**30])
+# More queries than this take longer than reading what they are multiplied by.
+_LIGHT = 4
+
+
+def _run_length(lengths: np.ndarray, cost: RunCost) -> int:
+    """How many keys a run has, so that the sequences take the least time."""
+    gpu = _GPUS[on_cuda()]
+    heavy = max(1.0, cost.queries / _LIGHT)
+    some = gpu.some * heavy
+    counts = -(-lengths // _RUN_LENGTHS[:, None])
+    sizes = lengths / counts * (cost.key_bytes * heavy)  # (lengths of runs, sequences)
+    order = np.argsort(sizes, axis=1)
+    sizes = np.take_along_axis(sizes, order, axis=1)
+    groups = np.take_along_axis(counts, order, axis=1) * cost.threadgroups
+    total = groups.sum(axis=1)
+    # If all begin together: the fewer are left, the less of the GPU they use.
+    left = total[:, None] - np.cumsum(groups, axis=1) + groups
+    together = (np.diff(sizes, axis=1, prepend=0) * _slowed(left, some)).sum(axis=1)
+    # In turns, those of one length stay side by side, and the last ones are what is left over;
+    # others are anywhere when nothing is left to begin.
+    alike = sizes[:, -1] <= 1.2 * sizes[:, 0]
+    last = (total - 1) % gpu.at_once + 1
+    spread = np.linspace(1, gpu.at_once, 32)
+    tail = np.where(alike, _slowed(last, some) - last, (_slowed(spread, some) - spread).mean())
+    in_turns = (sizes * groups).sum(axis=1) + sizes.mean(axis=1) * tail
+    times = np.where(total <= gpu.at_once, together, in_turns)
+    times += np.maximum(1, total / gpu.at_once) * gpu.start + (counts > 1).any(axis=1) * gpu.merge
+    return int(_RUN_LENGTHS[np.argmin(times)])
+
+
+def _slowed(threadgroups, some: float):
+    """As many threadgroups as would read alone, at full speed, what these read in the same time."""
+    return threadgroups / np.tanh(threadgroups / some)
