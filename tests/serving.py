@@ -2,7 +2,7 @@
 
 import functools
 
-from mlxpage import memory
+from mlxpage import choice, memory
 from mlxpage.engine import Engine
 from mlxpage.sampling_params import SamplingParams
 
@@ -29,9 +29,17 @@ class _ByteDetokenizer:
         self.last_segment = ""
 
 
-def engine(model, tokenizer=None, *, num_blocks=4096, block_size=16, **options) -> Engine:
-    plan = memory.plan(model, num_blocks=num_blocks, block_size=block_size, **options)
-    return Engine(model, tokenizer or ByteTokenizer(), plan, seed=0, **options)
+def engine(
+    model,
+    tokenizer=None,
+    *,
+    num_blocks=4096,
+    block_size=16,
+    backend=choice.REFERENCE,
+    **limits,
+) -> Engine:
+    plan = memory.plan(model, num_blocks=num_blocks, block_size=block_size, **limits)
+    return Engine(model, tokenizer or ByteTokenizer(), plan, seed=0, backend=backend, **limits)
 
 
 def serve(engine: Engine, prompts, params, *, on_step=None) -> list:
