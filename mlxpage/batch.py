@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
 from mlxpage.backend import mx
 from mlxpage.layout import Rows
-from mlxpage.sampler import Choices, Penalties
+from mlxpage.sampler import Choices, Penalties, Unread
 from mlxpage.scheduler import Schedule, Scheduled
 from mlxpage.sequence import Sequence
 
@@ -66,12 +67,8 @@ class Batch:
             sample_rows=np.array([*sample_rows, *(row for _, _, row in scoring)], np.int32),
         )
         sampling = [part.seq for part in sampled]
-        return Batch(rows, sampling, _choices(sampled), [(s, p) for s, p, _ in scoring])
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether any of its sequences needs to know its tokens before it chooses the next."""
-        return any(seq.params.counts_tokens for seq in self.sampling)
+        choices = _choices(sampled, rows)
+        return Batch(rows, sampling, choices, [(s, p) for s, p, _ in scoring])
 
     @property
     def scored_tokens(self) -> list[int]:
@@ -118,7 +115,8 @@ def _padded(tables: list[list[int]]) -> np.ndarray:
     return padded
 
 
-def _choices(parts: list[Scheduled]) -> Choices:
+def _choices(parts: list[Scheduled], rows: Rows) -> Choices:
+    """Of the parts that sample, to which the first of the sampled rows belong."""
     params = [part.seq.params for part in parts]
     mask = 2**64 - 1
     return Choices(
@@ -128,35 +126,77 @@ def _choices(parts: list[Scheduled]) -> Choices:
         min_p=np.array([p.min_p for p in params], np.float32),
         seeds=np.array([p.seed & mask for p in params], np.uint64),
         positions=np.array([part.num_output_tokens for part in parts], np.uint64),
-        penalties=_penalties(parts),
+        penalties=_penalties(parts, rows),
     )
 
 
-def _penalties(parts: list[Scheduled]) -> Penalties | None:
-    edits = [(row, *edit) for row, part in enumerate(parts) for edit in _edits(part)]
-    if not edits:
+def _penalties(parts: list[Scheduled], rows: Rows) -> Penalties | None:
+    edits = [_edits(part) for part in parts]
+    flat = [edit for each in edits for edit in each.items()]
+    unread = [place for place, part in enumerate(parts) if _is_unread(part)]
+    if not flat and not unread:
         return None
-    rows, tokens, repetition, added = zip(*edits, strict=True)
     return Penalties(
-        np.array(rows, np.int32),
-        np.array(tokens, np.int32),
-        np.array(repetition, np.float32),
-        np.array(added, np.float32),
+        np.repeat(np.arange(len(parts), dtype=np.int32), [len(each) for each in edits]),
+        np.array([token for token, _ in flat], np.int32),
+        np.array([edit.repetition for _, edit in flat], np.float32),
+        np.array([edit.added for _, edit in flat], np.float32),
+        _unread(unread, parts, edits, rows) if unread else None,
     )
 
 
-def _edits(part: Scheduled):
-    """(token, repetition factor, addend) of each logit that the sequence's params change."""
+class _Edit(NamedTuple):
+    """What the logit of a token becomes."""
+
+    repetition: float = 1.0  # divides it if it is positive, else multiplies it
+    added: float = 0.0
+    counted: bool = False  # whether the output holds the token
+
+
+def _edits(part: Scheduled) -> dict[int, _Edit]:
+    """Of each token whose logit the sequence's params change."""
     seq, params = part.seq, part.seq.params
-    repetition: dict[int, float] = {}
-    added: Counter[int] = Counter(params.logit_bias or {})
+    edits = {token: _Edit(added=bias) for token, bias in (params.logit_bias or {}).items()}
     if params.repetition_penalty != 1:
-        repetition = dict.fromkeys(seq.token_ids, params.repetition_penalty)
+        for token in set(seq.token_ids):
+            edit = edits.get(token, _Edit())
+            edits[token] = edit._replace(repetition=params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
         for token, count in Counter(seq.output_token_ids).items():
-            added[token] -= params.presence_penalty + params.frequency_penalty * count
+            edit = edits.get(token, _Edit())
+            added = edit.added - params.presence_penalty - params.frequency_penalty * count
+            edits[token] = edit._replace(added=added, counted=True)
     if part.num_output_tokens < params.min_tokens:
         for token in seq.stop_token_ids:
-            added[token] = float("-inf")
-    for token in repetition.keys() | added.keys():
-        yield token, repetition.get(token, 1.0), added[token]
+            edits[token] = edits.get(token, _Edit())._replace(added=float("-inf"))
+    return edits
+
+
+def _is_unread(part: Scheduled) -> bool:
+    """Whether penalties count a token that nobody has read yet."""
+    seq = part.seq
+    return seq.params.counts_tokens and part.start + part.num_tokens > len(seq.token_ids)
+
+
+def _unread(
+    places: list[int], parts: list[Scheduled], edits: list[dict[int, _Edit]], rows: Rows
+) -> Unread:
+    params = [parts[place].seq.params for place in places]
+    widest = max(len(edits[place]) for place in places)
+    known = np.full((len(places), max(1, widest)), -1, np.int32)
+    added, counted = np.zeros(known.shape, np.float32), np.zeros(known.shape, bool)
+    for i, place in enumerate(places):
+        count = len(edits[place])
+        known[i, :count] = list(edits[place])
+        added[i, :count] = [edit.added for edit in edits[place].values()]
+        counted[i, :count] = [edit.counted for edit in edits[place].values()]
+    return Unread(
+        np.array(places, np.int32),
+        rows.tokens[mx.array(rows.sample_rows[places])],
+        known,
+        added,
+        counted,
+        repetition=np.array([p.repetition_penalty for p in params], np.float32),
+        presence=np.array([p.presence_penalty for p in params], np.float32),
+        frequency=np.array([p.frequency_penalty for p in params], np.float32),
+    )

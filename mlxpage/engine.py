@@ -205,8 +205,6 @@ class Engine:
         The next step is planned and dispatched before the tokens of the last are read, so that a
         GPU never waits for Python. Whatever fails in a step fails its own requests only.
         """
-        if any(started.batch.has_penalties for started in self._in_flight):
-            self._collect_all()  # penalties count tokens that Python must know
         schedule = self.scheduler.schedule()
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
         ahead = 0

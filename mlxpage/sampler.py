@@ -22,6 +22,24 @@ class Penalties:
     tokens: np.ndarray  # (N,) int32
     repetition: np.ndarray  # (N,) float32 divides positive logits, multiplies negative ones
     added: np.ndarray  # (N,) float32 biases less penalties; -inf forbids the token
+    unread: Unread | None = None
+
+
+@dataclass(slots=True)
+class Unread:
+    """Rows whose newest token only the device knows yet, so it is no entry of the lists above.
+
+    M is the most entries that such a row has there.
+    """
+
+    rows: np.ndarray  # (U,) int32
+    tokens: mx.array  # (U,) int32, the newest of each
+    known: np.ndarray  # (U, M) int32 the row's entries; -1 where it has fewer
+    added: np.ndarray  # (U, M) float32 theirs
+    counted: np.ndarray  # (U, M) bool whether the output holds the token already
+    repetition: np.ndarray  # (U,) float32
+    presence: np.ndarray  # (U,) float32
+    frequency: np.ndarray  # (U,) float32
 
 
 @dataclass(slots=True)
@@ -43,23 +61,23 @@ def sample(logits: mx.array, choices: Choices) -> mx.array:
     A row's token depends on its own logits, parameters, seed and position only: the noise of a
     row comes from a key of its own, whatever else is in the batch.
     """
-    logits = logits.astype(mx.float32)
     if choices.penalties is not None:
-        logits = _penalised(logits, choices.penalties)
+        logits = _penalised(logits.astype(mx.float32), choices.penalties)
     greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
     best = mx.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]
-    broken = mx.isnan(best) | mx.isinf(best)
-    greedy = mx.where(broken, -1, greedy)
+    sound = mx.abs(best) < mx.inf  # neither infinite nor NaN
+    greedy = mx.where(sound, greedy, -1)
     is_greedy = choices.temperature < _COLDEST
     if is_greedy.all():
         return greedy
+    logits = logits.astype(mx.float32)
     temperature = np.where(is_greedy, np.float32(1), choices.temperature)
     scaled = _filtered(logits / mx.array(temperature)[:, None], choices)
     keys = mx.array(_keys(choices.seeds, choices.positions))
     noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[1:], key=key))(keys)
     # Gumbel-max: the largest of logit plus noise is a draw from the softmax.
     drawn = mx.argmax(scaled + noise, axis=-1).astype(mx.int32)
-    return mx.where(mx.array(is_greedy) | broken, greedy, drawn)
+    return mx.where(mx.array(~is_greedy) & sound, drawn, greedy)
 
 
 def logprobs(logits: mx.array, tokens: mx.array, top: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -87,13 +105,28 @@ def logprobs(logits: mx.array, tokens: mx.array, top: int) -> tuple[mx.array, mx
 
 
 def _penalised(logits: mx.array, penalties: Penalties) -> mx.array:
-    rows, tokens = mx.array(penalties.rows), mx.array(penalties.tokens)
-    repetition, added = mx.array(penalties.repetition), mx.array(penalties.added)
-    old = logits[rows, tokens]
-    new = mx.where(old > 0, old / repetition, old * repetition) + added
-    logits = mx.array(logits)  # item assignment must not reach the caller's array
-    logits[rows, tokens] = new
-    return logits
+    changes = []
+    if len(penalties.rows):
+        which = mx.array(penalties.rows), mx.array(penalties.tokens)
+        changes.append((which, penalties.repetition, mx.array(penalties.added)))
+    if (unread := penalties.unread) is not None:
+        # After the others, of which it may replace one.
+        which = mx.array(unread.rows), unread.tokens
+        changes.append((which, unread.repetition, _added_by(unread)))
+    changed = mx.array(logits)  # item assignment must not reach the caller's array
+    for which, repetition, added in changes:
+        old, repetition = logits[which], mx.array(repetition)
+        changed[which] = mx.where(old > 0, old / repetition, old * repetition) + added
+    return changed
+
+
+def _added_by(unread: Unread) -> mx.array:
+    """(U,) to the logits of the newest tokens, which the output has once more than was known."""
+    is_same = mx.array(unread.known) == unread.tokens[:, None]
+    added = mx.where(is_same, mx.array(unread.added), 0).sum(axis=1)
+    is_counted = (is_same & mx.array(unread.counted)).any(axis=1)
+    presence = mx.where(is_counted, 0, mx.array(unread.presence))
+    return added - presence - mx.array(unread.frequency)
 
 
 def _filtered(logits: mx.array, choices: Choices) -> mx.array:

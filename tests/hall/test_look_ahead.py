@@ -86,14 +86,31 @@ def test_two_steps_are_in_flight_at_most_and_one_in_the_middle(model, monkeypatc
     assert flights[0] == 0 and set(flights[1:]) == {1}
 
 
-def test_penalties_wait_for_the_token_that_they_count(model, monkeypatch):
-    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
-    engine = serving.engine(model, num_blocks=60)
-    flights = []
-    start = engine._start
-    engine._start = lambda schedule: flights.append(len(engine._in_flight)) or start(schedule)
-    serving.serve(engine, PROMPTS, SamplingParams(temperature=0, max_tokens=9, presence_penalty=1))
-    assert set(flights) == {0}
+PENALTIES = {
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.7},
+    "repetition": {"repetition_penalty": 1.6},
+    "a reward": {"presence_penalty": -1.0, "frequency_penalty": -0.5},
+    "with biases": {"repetition_penalty": 1.3, "logit_bias": dict.fromkeys(range(0, 256, 3), 1.5)},
+    "with a forbidden end": {
+        "presence_penalty": 2.0,
+        "stop_token_ids": (40, 41, 42),
+        "min_tokens": 12,
+    },
+    "all": {"presence_penalty": 0.4, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("which", PENALTIES)
+def test_penalties_count_the_token_that_nobody_has_read(model, monkeypatch, which, temperature):
+    params = [
+        SamplingParams(temperature=temperature, seed=i, max_tokens=40, **PENALTIES[which])
+        for i in range(len(PROMPTS) - 1)
+    ]
+    _, outputs = same(model, monkeypatch, [*params, GREEDY])
+    _, without = run(model, monkeypatch, 0, SamplingParams(temperature=0, max_tokens=40))
+    assert temperature or [o[0] for o in outputs] != [o[0] for o in without]
 
 
 def follow(engine, prompts, params, on_step=lambda steps, ids: None):
