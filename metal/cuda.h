@@ -1,5 +1,5 @@
-// The words of Metal that the kernels use, in CUDA. kernels.py takes the address spaces out of the
-// text and makes `threadgroup` variables `__shared__`; the rest is here.
+// The words of Metal that the kernels use, in CUDA. kernels/launch.py takes the address spaces out of
+// the text and makes `threadgroup` variables `__shared__`; the rest is here.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -41,7 +41,9 @@ METAL_FUNC bool simd_any(bool value) {
   return __any_sync(0xffffffffu, value);
 }
 
-// Past the first cache, and in lines of 256 bytes into the second: 2 to 5 % of attention. No kernel
+#if __CUDA_ARCH__ >= 800
+
+// Past the first cache, and in lines of 256 bytes into the second: 1 to 3 % of attention. No kernel
 // may read so what it has written itself.
 METAL_FUNC uint2 load_once(const uint2* from) {
   uint2 v;
@@ -60,6 +62,8 @@ METAL_FUNC uint4 load_once(const uint4* from) {
 }
 
 #define LOAD_ONCE(from) load_once(from)
+
+#endif
 
 template <typename To, typename From>
 METAL_FUNC To as_type(From from) {

@@ -61,14 +61,15 @@ if (num_queries <= 0) {
 const device int* table = block_tables + long(sequence) * ints[0];
 const int window = ints[1];
 
-// This lane's share of its rows of one step. Past the end it reads the last row again; if there is
-// nothing but an appended row, one before it, in vain.
+// This lane's share of its rows of one step. Past the end it reads the last row again.
 const int group_begin = begin + simd_group * STEP + key_group * KEYS;
 KShare key_shares[KEYS];
 VShare value_shares[KEYS];
-int key = min(group_begin, end - 1);
-long block = table[key / BLOCK_SIZE];
-{
+int next_key = 0;
+long next_block = 0;
+if (begin < end) {  // not only a row to append
+  const int key = min(group_begin, end - 1);
+  const long block = table[key / BLOCK_SIZE];
   const long block_start = (block * KV_HEADS + kv_head) * BLOCK_SIZE;
 #pragma unroll
   for (int i = 0; i < KEYS; i++) {
@@ -76,9 +77,9 @@ long block = table[key / BLOCK_SIZE];
     mlxpage::load(key_shares[i], k_pool + at * K_DIM, lane);
     mlxpage::load(value_shares[i], v_pool + at * V_DIM, lane);
   }
+  next_key = min(group_begin + STRIDE, end - 1);
+  next_block = table[next_key / BLOCK_SIZE];
 }
-int next_key = min(group_begin + STRIDE, end - 1);
-long next_block = table[next_key / BLOCK_SIZE];
 
 // The queries, in the lanes' shares, scaled so that exp2 takes their products.
 const float scale = SOFTCAP ? floats[0] / floats[1] : floats[0] * mlxpage::LOG2_E;

@@ -81,8 +81,8 @@ def checked(
     asked = wanted(name)
     backend = proven(asked, prove)
     if backend.ops is reference:
+        self_check.check(model, block_size)
         if asked.ops is not reference:
             tell = on_status or (lambda line: warnings.warn(line, RuntimeWarning, stacklevel=2))
             tell(f"{backend.why}. The reference backend serves instead, slower.")
-        self_check.check(model, block_size)
     return backend

@@ -51,6 +51,7 @@ for _name in ("and_", "or_", "xor", "lshift", "rshift"):
     _in_place_gives_a_plain_array(_name)
 
 
+# Elements of a forward's result that stand for it; hidden states have as many at least.
 _AFTER = 32
 
 

@@ -255,7 +255,8 @@ def _both(
         pool.fill(k_pool + 0, v_pool + 0)
         mx.eval(pool.arrays())
         step = backend.Step(rows, rows.block_tables[0], block_size, spec.window)
-        step.run_length = run_length
+        if isinstance(step, kernels.Step):
+            step.run_length = run_length
         pool.write(step, k, v, None, is_read=is_read)
         # A row of each sequence's last block: what no row wrote may differ.
         written = mx.array(step.write_blocks), mx.array(rows.positions % block_size)

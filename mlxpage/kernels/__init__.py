@@ -3,7 +3,8 @@
 `reference` has the same functions in plain MLX, and says what they compute. Here the pools are
 written in place, behind MLX's back, so the order is carried by fences: small arrays that MLX does
 see. A layer's write gives one, and whatever reads that layer's pool takes it in; a write takes what
-comes after every read of the step before. On a GPU nothing but these kernels touches a pool.
+comes after every read of the step before. Attention that appends the row that it is for is both.
+On a GPU nothing but these kernels touches a pool.
 """
 
 from mlxpage.kernels.attention import paged_attention

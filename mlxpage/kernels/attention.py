@@ -26,8 +26,8 @@ def paged_attention(
 
     Args:
         q: (rows, heads, 1, k_dim), float32, float16 or bfloat16.
-        k_pool: (num_blocks + 1, kv_heads, block_size, k_dim), likewise.
-        v_pool: (num_blocks + 1, kv_heads, block_size, v_dim).
+        k_pool: (num_blocks + 1, kv_heads, block_size, k_dim), likewise; or its first block.
+        v_pool: (num_blocks + 1, kv_heads, block_size, v_dim), likewise.
         after: int32, 8 elements or more; all is read and written once it's computed.
         scale: factor of the scores.
         sinks: (heads,) a logit in each head's softmax that has no value.

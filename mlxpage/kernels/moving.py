@@ -50,8 +50,8 @@ def write(
     Args:
         k: (T, kv_heads, 1, k_dim), in the pool's dtype.
         v: (T, kv_heads, 1, v_dim).
-        k_pool: (num_blocks + 1, kv_heads, block_size, k_dim).
-        v_pool: (num_blocks + 1, kv_heads, block_size, v_dim).
+        k_pool: (num_blocks + 1, kv_heads, block_size, k_dim), or its first block.
+        v_pool: (num_blocks + 1, kv_heads, block_size, v_dim), likewise.
         slots: (T or more,) int32, block * block_size + offset.
         after: of 8 elements or more; the write takes place once it's computed.
 

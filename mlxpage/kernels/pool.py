@@ -168,19 +168,18 @@ class Pool:
         q = q.astype(mx.result_type(q, self.k))  # the type of the results too, as MLX has it
         rows, heads = q.shape[:2]
         decoding = step.rows.num_decoding
+        written = self.fence
         outs = []
         if decoding:
             work = step.work(window, run_cost(*self.kind, heads))
             options = {"scale": scale, "sinks": sinks, "new": self._new}
-            out, self.fence = paged_attention(
-                q[:decoding], *self._inputs, work, self.fence, **options
-            )
+            out, self.fence = paged_attention(q[:decoding], *self._inputs, work, written, **options)
             self._new = None
             outs.append(out)
         if decoding < rows:
             for chunk in step.chunks(window, self._most_scores(heads)):
                 part, options = q[chunk.rows], {"scale": scale, "sinks": sinks}
-                outs.append(attend_chunk(part, *self._inputs, chunk, self.fence, **options))
+                outs.append(attend_chunk(part, *self._inputs, chunk, written, **options))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
     def _most_scores(self, heads: int) -> int:
@@ -191,7 +190,8 @@ class Pool:
 def as_input(pool: mx.array) -> mx.array:
     """A pool's first block, which kernels read and write beyond: they take an address.
 
-    MLX ends a command buffer after so many megabytes of inputs, and would count the whole pool at
-    every launch, of which a step reads little.
+    MLX ends a command buffer after so many million elements of inputs, and would count whole
+    pools, of which a step reads little. The view has to be contiguous: MLX would copy another, and
+    the kernels would write into the copy.
     """
     return pool[:1]

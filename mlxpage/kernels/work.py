@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +119,8 @@ def plan_work(
         tables: (S, M) int32 block ids.
         window: as in `reference.plan`.
         cost: of a run.
-        run_length: keys that a run has at most; None is as many as take the least time.
+        run_length: keys that a run has at most, but for the rest of a block; None is as many as
+            take the least time.
     """
     rows = np.diff(starts)
     first = first_readable(contexts - rows, block_size, window)
@@ -168,6 +169,8 @@ class _Gpu(NamedTuple):
 
 # Fitted to an H100 (`benchmarks/attention.py`); for Apple's GPUs a guess.
 _GPUS = {True: _Gpu(264, 115, 4_100_000, 36_000_000), False: _Gpu(128, 40, 2_000_000, 3_000_000)}
+# Lengths count in steps of so many keys: the choice is as good, and most steps find it made.
+_COARSE = 64
 _RUN_LENGTHS = np.array([64, 128, 256, 512, 1024, 2048, 4096, 8192, 2**30])
 # More queries than this take longer than reading what they are multiplied by.
 _LIGHT = 4
@@ -175,6 +178,12 @@ _LIGHT = 4
 
 def _run_length(lengths: np.ndarray, cost: RunCost) -> int:
     """How many keys a run has, so that the sequences take the least time."""
+    return _best_run_length(tuple((-(-lengths // _COARSE)).tolist()), cost)
+
+
+@lru_cache(256)
+def _best_run_length(coarse: tuple[int, ...], cost: RunCost) -> int:
+    lengths = np.array(coarse) * _COARSE
     gpu = _GPUS[on_cuda()]
     heavy = max(1.0, cost.queries / _LIGHT)
     some = gpu.some * heavy

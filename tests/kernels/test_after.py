@@ -1,4 +1,7 @@
-"""What a forward comes to depends on every read of its pools, so no later write overtakes one."""
+"""What a forward comes to depends on every read of its pools, so no later write overtakes one.
+
+Arrays that are not numbers show it: whatever is computed of one is none either.
+"""
 
 from __future__ import annotations
 
@@ -73,3 +76,67 @@ def test_a_write_waits_for_the_reads_of_every_layer_in_the_forward_before(
         # Fences are integers: the bits of what the forward came to.
         numbers = array.view(mx.float32)
         assert mx.isnan(numbers).any().item(), "computed from what the layer has read"
+
+
+# -- of compiled forwards, whose launches a trace has made once --
+
+
+class Traceable:
+    """Stands in for the kernels with operations of MLX, so that a forward can be compiled on a CPU:
+    what a launch gives is NaN if an input is, fences included, or the first block of a pool."""
+
+    def __init__(self, monkeypatch):
+        self.launches = 0
+        monkeypatch.setattr(Launch, "__call__", lambda launch, *i: self.run(launch, i))
+
+    def run(self, launch, inputs) -> list[mx.array]:
+        self.launches += 1
+        numbers = [array for array in inputs if array.dtype != mx.int32]
+        if launch.name != "merge_partials":
+            # Of the one layer whose pool holds ones.
+            is_marked = inputs[3 if launch.name == "paged_attention" else 2].max() > 0.5
+            numbers.append(mx.where(is_marked, inputs[-1].view(mx.float32), 0))
+        nothing = sum(array.sum() * 0 for array in numbers)
+        results = zip(launch.output_shapes, launch.output_dtypes, strict=True)
+        return [
+            (mx.zeros(shape) + nothing).view(dtype)
+            if dtype == mx.int32
+            else (mx.zeros(shape) + nothing).astype(dtype)
+            for shape, dtype in results
+        ]
+
+
+def mark(cache: KVCache, layer: int, value: float) -> None:
+    pool = cache.layers[layer].pool
+    pool.fill(mx.full(pool.k.shape, value, pool.k.dtype), pool.v)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_compiled_forward_reads_after_the_last_one_and_comes_to_all_of_its_reads(
+    model, monkeypatch, layer
+):
+    cache = KVCache(model.specs, [3], 16, kernels, fetches=False)
+    model.bind(cache)
+    try:
+        traceable = Traceable(monkeypatch)
+        for position in range(4):
+            forward(model, position, 1)
+        assert model._compiled.error is None and model._compiled._functions
+        launches = traceable.launches
+
+        mx.eval(cache.after)
+        mark(cache, layer, float("nan"))
+        forward(model, 4, 1)
+        assert mx.isnan(cache.after.view(mx.float32)).any().item(), "it comes to what it has read"
+        assert all(layer.pool.fence is cache.after for layer in cache.layers)
+
+        mark(cache, layer, 1.0)
+        forward(model, 5, 1)
+        assert mx.isnan(cache.after.view(mx.float32)).any().item(), "it takes what came before it"
+        assert traceable.launches == launches, "all of this is compiled"
+
+        cache._forward.after = mx.zeros_like(cache.after)
+        forward(model, 6, 1)
+        assert not mx.isnan(cache.after.view(mx.float32)).any().item()
+    finally:
+        model.bind(None)

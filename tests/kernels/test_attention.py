@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import metal_sim
 import numpy as np
@@ -169,6 +170,36 @@ def test_attention_of_plain_cases(which, cuda, thread_order):
     with paging.cut(run, cuda):
         out = paging.attended(case, mx.float32, mx.float32, split=run < ONE_RUN)
     assert paging.error(out, paging.exact(case)) < TOLERANCE[mx.float32]
+
+
+APPENDED = {
+    "a first row behind one that fills a block": ([(1, 1), (16, 1)], {"heads": (1, 3, 64, 64)}),
+    "a first row and a last run of nothing else": ([(1, 1), (65, 1), (33, 1)], {"run": 32}),
+    "a first row in a window": ([(1, 1), (17, 1), (48, 1)], {"window": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["metal's tiling", "cuda's tiling"])
+@pytest.mark.parametrize("which", APPENDED)
+def test_attention_of_rows_that_are_appended(which, cuda, thread_order):
+    sequences, options = APPENDED[which]
+    options = {"heads": (2, 3, 64, 64), "run": ONE_RUN} | options
+    run = options.pop("run")
+    case = paging.case(np.random.default_rng(1), sequences, **options)
+    if which == "a first row behind one that fills a block":
+        case = side_by_side(case)
+    with paging.cut(run, cuda):
+        out = paging.attended(case, mx.float32, mx.float32, split=run < ONE_RUN, append=True)
+    assert paging.error(out, paging.exact(case)) < TOLERANCE[mx.float32]
+
+
+def side_by_side(case):
+    """The first sequence's only block comes right behind the second one's."""
+    first, second = case.tables[:, 0].tolist()
+    others = [i for i in range(1, len(case.k_pool)) if i not in (first, second)]
+    order = [0, second, first, *others]
+    pools = {"k_pool": case.k_pool[order], "v_pool": case.v_pool[order]}
+    return replace(case, **pools, tables=np.argsort(order).astype(np.int32)[case.tables])
 
 
 @pytest.mark.parametrize("run", [ONE_RUN, 32], ids=["one run", "several runs"])

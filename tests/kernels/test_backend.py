@@ -115,6 +115,19 @@ def test_broken_kernels_are_told_once_and_the_reference_serves(monkeypatch, new)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
 
 
+def test_nothing_is_promised_of_a_model_that_cannot_be_served_at_all(monkeypatch):
+    monkeypatch.setattr(choice, "wanted", lambda name: ON_KERNELS)
+
+    def refused(*_, **__):
+        raise UnsupportedModel("it can't be paged")
+
+    monkeypatch.setattr(self_check, "check", refused)
+    told = []
+    with pytest.raises(UnsupportedModel, match="it can't be paged"):
+        choice.checked(tiny_models.make("llama"), 16, None, told.append)
+    assert not told
+
+
 def test_without_anyone_to_tell_it_is_a_warning(monkeypatch):
     monkeypatch.setattr(choice, "wanted", lambda name: ON_KERNELS)
     model = tiny_models.make("gemma3_text", head_dim=32)
@@ -236,12 +249,12 @@ def test_every_read_comes_after_its_layers_write_and_every_write_after_the_last_
             continue
         k_pool, taken, given = call
         if k_pool in fences:
-            assert taken is fences[k_pool], "of the layer's last call, its write to begin with"
+            assert any(taken is fence for fence in fences[k_pool]), "of the layer in this forward"
         else:
             assert kind in ("write", "append"), "nothing is read before the forward has written"
             assert after is None or taken is after
         if given is not None:
-            fences[k_pool] = given
+            fences.setdefault(k_pool, []).append(given)
     assert kinds["end"] > 3 and kinds["write"] and kinds["gather"]
     assert kinds["paged_attention" if fetches else "append"]
     assert not kinds["append" if fetches else "paged_attention"]

@@ -13,6 +13,7 @@ import metal_sim
 import numpy as np
 import paging
 import pytest
+import test_attention
 import test_moving
 from paging import ONE_RUN, TOLERANCE
 
@@ -49,7 +50,7 @@ MUTANTS = [
     (ATTENTION, "largest = new_largest;", ""),
     (ATTENTION, "scores[i] = fast::exp2(scores[i] - largest);", "scores[i] = fast::exp2(scores[i]);"),
     (ATTENTION, "next_key = min(next_key + STRIDE, end - 1);", ""),
-    (ATTENTION, "next_block = table[next_key / BLOCK_SIZE];\n}", "}"),
+    (ATTENTION, "next_key + STRIDE, end - 1);\nnext_block = table[next_key / BLOCK_SIZE];", "next_key + STRIDE, end - 1);"),
     (ATTENTION, "for (int mask = COPIES; mask < QUERY_LANES; mask *= 2) {", "for (int mask = 1; mask < QUERY_LANES; mask *= 2) {"),
     (ATTENTION, "if (key_group == 0 && lane % QUERY_LANES == 0) {", "if (lane % QUERY_LANES == 0) {"),
     (ATTENTION, "group_sums[SIMD_GROUPS * QUERIES * V_DIM];", "group_sums[SIMD_GROUPS * QUERIES * V_DIM - 4];"),
@@ -65,6 +66,7 @@ MUTANTS = [
     (ATTENTION, "if (APPEND && run_end == context && simd_group == SIMD_GROUPS - 1) {", "if (APPEND && run_end == context) {"),
     (ATTENTION, "if (key_group == 0 && first_query == 0) {", "if (first_query == 0) {"),
     (ATTENTION, "if (key_group == 0 && first_query == 0) {", "if (key_group == 0) {"),
+    (ATTENTION, "if (begin < end) {", "if (true) {"),
     (ATTENTION, "long(row_start) * KV_HEADS + kv_head;", "long(sequence) * KV_HEADS;"),
     (ATTENTION, "+ (context - 1) % BLOCK_SIZE;", "+ context % BLOCK_SIZE;"),
     (ATTENTION, "const long block = table[(context - 1) / BLOCK_SIZE];", "const long block = table[context / BLOCK_SIZE];"),
@@ -122,6 +124,9 @@ def check_attention() -> None:
                     case, *dtypes, softcap=softcap, split=run < ONE_RUN, append=append
                 )
             assert paging.error(out, paging.exact(case, softcap)) < TOLERANCE[dtypes[0]]
+    test_attention.test_attention_of_rows_that_are_appended(
+        "a first row behind one that fills a block", False, None
+    )
 
 
 def check_moving() -> None:
