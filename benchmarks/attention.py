@@ -5,12 +5,12 @@ An M4 or an H100 copies at a known rate; attention can come close to it and can'
 
     python benchmarks/attention.py [--quick] [--shape NAME ...]
 
-Arms, in turns in one process: our kernel over scattered blocks and over consecutive ones, MLX's
-attention over contiguous K and V, MLX's after our gather, and where torch and flashinfer are
-installed, FlashInfer's paged decode. Each measurement chains launches, the output of one being the
-queries of the next, and K and V of at least 256 MB are in rotation, so that no cache holds them.
-Medians with p10 and p90; per cent are of this GPU's copy speed, measured here (bytes read and
-written). The last line is JSON.
+Arms, in turns in one process: our kernel over scattered blocks; as a decode uses it, with the
+newest row appended on the way; over consecutive blocks; MLX's attention over contiguous K and V;
+MLX's after our gather; and where torch and flashinfer are installed, FlashInfer's paged decode.
+Each measurement chains launches, the output of one being the queries of the next, and K and V of at
+least 256 MB are in rotation, so that no cache holds them. Medians with p10 and p90; per cent are of
+this GPU's copy speed, measured here (bytes read and written). The last line is JSON.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import numpy as np
 
 from mlxpage import kernels
 from mlxpage.backend import device, mx
+from mlxpage.kernels.pool import as_input
 
 # batch, context, query heads, KV heads, head size, block size
 SHAPES = {
@@ -59,7 +60,9 @@ class Case:
         self.sets = max(1, round(ROTATION / self.nbytes + 0.5))
         self.scale = head_dim**-0.5
         shape = (self.num_blocks + 1, kv_heads, block_size, head_dim)
-        self.pools = [(_random(shape), _random(shape)) for _ in range(self.sets)]
+        pools = [(_random(shape), _random(shape)) for _ in range(self.sets)]
+        self.kind = kernels.pool_kind(pools[0][0])
+        self.pools = [tuple(as_input(pool) for pool in pair) for pair in pools]
         self.q = _random((batch, heads, 1, head_dim))
         self.fence = mx.zeros(8, mx.int32)
         self.starts = np.arange(batch + 1, dtype=np.int32)
@@ -74,12 +77,16 @@ class Case:
             row[:count] = order[end - count : end]
         return tables
 
-    def paged(self, tables):
-        cost = kernels.run_cost(kernels.pool_kind(self.pools[0][0]), self.head_dim, self.heads)
-        work = kernels.plan_work(self.starts, self.contexts, tables, self.block_size, None, *cost)
+    def paged(self, tables, *, append=False):
+        cost = kernels.run_cost(self.kind, self.head_dim, self.heads)
+        work = kernels.plan_work(self.starts, self.contexts, tables, self.block_size, None, cost)
+
+        new = tuple(_random((len(self.q), self.kv_heads, 1, self.head_dim)) for _ in range(2))
+        mx.eval(new)
+        options = {"scale": self.scale, "new": new if append else None}
 
         def attend(q, i):
-            return kernels.paged_attention(q, *self.pools[i], work, self.fence, scale=self.scale)
+            return kernels.paged_attention(q, *self.pools[i], work, self.fence, **options)[0]
 
         return attend
 
@@ -113,6 +120,7 @@ class Case:
     def arms(self):
         return {
             "ours": self.paged(self.scattered),
+            "ours, appending": self.paged(self.scattered, append=True),
             "ours, consecutive": self.paged(self.consecutive),
             "MLX, contiguous": self.contiguous(),
             "gather + MLX": self.gathered(),

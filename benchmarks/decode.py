@@ -3,11 +3,15 @@
 Why: a decode step of a large model reads its weights once, so it should take as long as that. What
 it takes longer is the host's: building the graph, dispatching it, scheduling and sampling.
 
-    python benchmarks/decode.py [--batches 1 8 32 64] [--context 1000] [--steps 60]
+    python benchmarks/decode.py [--batches 1 8 32 64] [--context 1000] [--steps 160] [--profile]
 
 The model has the shape of Llama 3 8B and random weights in bfloat16. Arms, in one process: this
 engine through `Engine.step`; mlx-lm's own caches, as its generation loop drives them; and the same
-model with attention removed, which is what MLX and mlx-lm alone cost. The last line is JSON.
+model with attention removed, which is what MLX and mlx-lm alone cost: K and V are computed, and go
+nowhere. Contexts grow during the timed steps, from half their number below the given one to half
+above it. Steps that take far longer than the median come in bursts, in all arms: MLX instantiates
+another CUDA graph. `--profile` adds what the GPU does in a step (with torch, on CUDA). The last
+line is JSON.
 """
 
 import argparse
@@ -40,6 +44,9 @@ LLAMA_8B = {
 }
 
 
+WARM_UP = 40
+
+
 class NoText:
     """A tokenizer for token ids alone."""
 
@@ -68,31 +75,43 @@ def make_model(layers: int) -> Model:
     return Model(module, config)
 
 
-def ours(model, batch, context, steps, backend) -> dict:
-    blocks = batch * (-(-(context + steps + 40) // 16))
+def ours(model, batch, context, steps, backend, profiled=False) -> dict:
+    first = context - steps // 2
+    prompt_length = max(1, first - batch // 2 - WARM_UP)
+    new = 2 * (first - prompt_length) + steps + 20  # more than any sequence comes to
+    blocks = batch * (-(-(prompt_length + new) // 16))
     limits = {"max_num_seqs": batch, "max_num_batched_tokens": max(2048, batch)}
     plan = memory.plan(model, memory="95%", num_blocks=blocks, **limits)
     engine = Engine(model, NoText(), plan, seed=0, backend=backend, **limits)
     rng = np.random.default_rng(0)
-    params = SamplingParams(temperature=0, max_tokens=steps + 30, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     for _ in range(batch):
-        prompt = rng.integers(0, model.vocab_size, context).tolist()
+        prompt = rng.integers(0, model.vocab_size, prompt_length).tolist()
         engine.add(engine.request(prompt, params, lambda event: None))
-    while any(seq.num_computed_tokens < context + 8 for seq in engine.scheduler.running) or (
-        len(engine.scheduler.running) < batch
-    ):
+    # While the last prompts are computed the first sequences go on, so count the positions.
+    while _mean_length(engine, batch) < first:
         engine.step()
-    mx.synchronize()
     parts = _Parts(engine, model)
+    mx.synchronize()
     mx.reset_peak_memory()
     base = mx.get_active_memory()
     with parts:
-        times = _timed(engine.step, steps - 20)
+        times = _timed(engine.step, steps)
     peak = mx.get_peak_memory() - base
+    assert len(engine.scheduler.running) == batch, "some have ended"
+    row = _row(times, batch) | {"host ms": parts.medians(), "peak over start MB": _mb(peak)}
+    if profiled:
+        row["gpu"] = gpu_profile(engine.step)
     engine.close()
-    model.bind(None)
     mx.clear_cache()
-    return _row(times, batch) | {"host ms": parts.means(), "peak over start MB": round(peak / 1e6)}
+    return row
+
+
+def _mean_length(engine, batch) -> float:
+    running = engine.scheduler.running
+    if len(running) < batch:
+        return 0.0
+    return statistics.mean(seq.num_computed_tokens for seq in running)
 
 
 class _Parts:
@@ -132,30 +151,34 @@ class _Parts:
 
         return timed
 
-    def means(self) -> dict:
-        return {k: round(statistics.mean(v) * 1e3, 3) for k, v in self.seconds.items() if v}
+    def medians(self) -> dict:
+        return {k: round(statistics.median(v) * 1e3, 3) for k, v in self.seconds.items() if v}
 
 
-def mlx_lm(model, batch, context, steps) -> dict:
+def mlx_lm(model, batch, context, steps, profiled=False) -> dict:
     """Its caches, filled at random, and the loop of its `generate_step`."""
     from mlx_lm.models.cache import BatchKVCache, KVCache
 
     caches = []
     for spec in model.specs:
         cache = BatchKVCache([0] * batch) if batch > 1 else KVCache()
-        shape = (batch, spec.kv_heads, context, spec.k_head_dim)
+        shape = (batch, spec.kv_heads, context - steps // 2 - WARM_UP, spec.k_head_dim)
         cache.update_and_fetch(*(mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2)))
         mx.eval(cache.keys, cache.values)
         caches.append(cache)
+    step = _loop(lambda y: model.module(y, cache=caches), batch)
+    _timed(step, WARM_UP)
+    mx.synchronize()
     mx.reset_peak_memory()
     base = mx.get_active_memory()
-    times = _loop(lambda y: model.module(y, cache=caches), model, batch, steps)
-    peak = mx.get_peak_memory() - base
-    return _row(times, batch) | {"peak over start MB": round(peak / 1e6)}
+    times = _timed(step, steps)
+    row = _row(times, batch) | {"peak over start MB": _mb(mx.get_peak_memory() - base)}
+    return row | ({"gpu": gpu_profile(step)} if profiled else {})
 
 
-def without_attention(model, batch, context, steps) -> dict:
+def without_attention(model, batch, context, steps, profiled=False) -> dict:
     """Each layer's attention gives its queries back; no cache is kept."""
+    computed = []
 
     class Nothing:
         offset = mx.full((batch,), context, mx.int32)
@@ -164,31 +187,37 @@ def without_attention(model, batch, context, steps) -> dict:
             return None
 
         def update_and_fetch(self, k, v):
+            computed.extend((k, v))
             return k, v
 
-    caches = [Nothing()] * len(model.specs)
+    def forward(y):
+        computed.clear()
+        return model.module(y, cache=[Nothing()] * len(model.specs))
+
     original = mx.fast.scaled_dot_product_attention
     mx.fast.scaled_dot_product_attention = lambda q, k, v, **_: q
     try:
-        return _row(_loop(lambda y: model.module(y, cache=caches), model, batch, steps), batch)
+        step = _loop(forward, batch, computed)
+        _timed(step, WARM_UP)
+        row = _row(_timed(step, steps), batch)
+        return row | ({"gpu": gpu_profile(step)} if profiled else {})
     finally:
         mx.fast.scaled_dot_product_attention = original
 
 
-def _loop(forward, model, batch, steps) -> list[float]:
+def _loop(forward, batch, computed=()):
     y = mx.zeros((batch, 1), mx.int32)
     previous = None
 
     def step():
         nonlocal y, previous
         y = mx.argmax(forward(y)[:, -1], axis=-1)[:, None]
-        mx.async_eval(y)
+        mx.async_eval(y, *computed)
         if previous is not None:
             previous.tolist()
         previous = y
 
-    _timed(step, 10)
-    return _timed(step, steps - 20)
+    return step
 
 
 def _timed(step, count) -> list[float]:
@@ -203,11 +232,43 @@ def _timed(step, count) -> list[float]:
 
 
 def _row(times, batch) -> dict:
-    mean = statistics.mean(times)
+    p10, *_, p90 = statistics.quantiles(times, n=10)
+    mean, median = statistics.mean(times), statistics.median(times)
     return {
-        "step ms": round(mean * 1e3, 3),
-        "median ms": round(statistics.median(times) * 1e3, 3),
-        "tok/s": round(batch / mean, 1),
+        "step ms": round(median * 1e3, 3),
+        "p10 to p90": [round(p10 * 1e3, 3), round(p90 * 1e3, 3)],
+        "mean ms": round(mean * 1e3, 3),
+        "tok/s": round(batch / median, 1),
+        "tok/s by mean": round(batch / mean, 1),
+    }
+
+
+def _mb(nbytes) -> int:
+    return round(nbytes / 1e6)
+
+
+def gpu_profile(step, count=10) -> dict:
+    """What the GPU does in a step: milliseconds at work, and of the kernels that take most."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    mx.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        _timed(step, count)
+        mx.synchronize()
+    spent: dict[str, list[float]] = {}
+    busy, until = 0.0, 0.0
+    events = [event for event in profiler.events() if "CUDA" in str(event.device_type)]
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        begin, end = event.time_range.start, event.time_range.end
+        spent.setdefault(event.name[:60], []).append(end - begin)
+        busy += max(0.0, end - max(begin, until))
+        until = max(end, until)
+    most = sorted(spent, key=lambda name: -sum(spent[name]))[:10]
+    return {
+        "busy ms": round(busy / count / 1e3, 3),
+        "launches": sum(map(len, spent.values())) / count,
+        "kernels ms": {name: round(sum(spent[name]) / count / 1e3, 3) for name in most},
     }
 
 
@@ -215,19 +276,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--context", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--layers", type=int, default=32)
     args = parser.parse_args()
-    backend = choice.wanted()
     model = make_model(args.layers)
-    record = {"device": device().name, "mlx": mx.__version__, "backend": backend.name}
+    backend = choice.checked(model, 16, None, print)
+    record = {"device": device().name, "mlx": mx.__version__, "backend": backend.why}
     record |= {"context": args.context, "layers": args.layers, "batches": {}}
     print(f"{device().name}, MLX {mx.__version__}, {model.nbytes / 1e9:.1f} GB of weights")
     for batch in args.batches:
+        shape = batch, args.context, args.steps
         arms = {
-            "ours": ours(model, batch, args.context, args.steps, backend),
-            "mlx-lm": mlx_lm(model, batch, args.context, args.steps),
-            "no attention": without_attention(model, batch, args.context, args.steps),
+            "ours": ours(model, *shape, backend, args.profile),
+            "mlx-lm": mlx_lm(model, *shape, args.profile),
+            "no attention": without_attention(model, *shape, args.profile),
         }
         record["batches"][batch] = arms
         for name, row in arms.items():

@@ -81,6 +81,17 @@ if (begin < end) {  // not only a row to append
   next_block = table[next_key / BLOCK_SIZE];
 }
 
+// The row to append, fetched now: the last SIMD group, which has the least of the keys to do, puts it
+// into the pool and begins with it.
+const bool appends = APPEND && run_end == context && simd_group == SIMD_GROUPS - 1;
+KShare new_k;
+VShare new_v;
+if (appends) {
+  const long from = long(row_start) * KV_HEADS + kv_head;
+  mlxpage::load(new_k, k + from * K_DIM, lane);
+  mlxpage::load(new_v, v + from * V_DIM, lane);
+}
+
 // The queries, in the lanes' shares, scaled so that exp2 takes their products.
 const float scale = SOFTCAP ? floats[0] / floats[1] : floats[0] * mlxpage::LOG2_E;
 float queries[QUERIES][K_SHARE];
@@ -109,13 +120,7 @@ const int first_key = position - window;  // exclusive
 float largest = mlxpage::LOWEST;
 float total = 0.0f;
 
-// The last SIMD group has the least of the keys to do.
-if (APPEND && run_end == context && simd_group == SIMD_GROUPS - 1) {
-  KShare new_k;
-  VShare new_v;
-  const long from = long(row_start) * KV_HEADS + kv_head;
-  mlxpage::load(new_k, k + from * K_DIM, lane);
-  mlxpage::load(new_v, v + from * V_DIM, lane);
+if (appends) {
   if (key_group == 0 && first_query == 0) {
     const long block = table[(context - 1) / BLOCK_SIZE];
     const long to = (block * KV_HEADS + kv_head) * BLOCK_SIZE + (context - 1) % BLOCK_SIZE;

@@ -23,12 +23,6 @@ from mlxpage.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 ON_KERNELS = choice.Backend("metal", kernels, "the tests")
-MODELS = {
-    "llama": {"hidden_size": 128},
-    "gemma3_text": {"head_dim": 32},
-    "gpt_oss": {"head_dim": 32},
-    "qwen3": {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2},
-}
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": stress.CHUNK}
 
 
@@ -60,9 +54,9 @@ PARAMS = [
 
 
 @pytest.mark.parametrize("num_blocks", [40, 11], ids=["roomy", "crowded"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", stress.OPTIONS)
 def test_the_kernels_serve_the_tokens_of_the_reference(family, num_blocks):
-    model = tiny_models.make(family, **MODELS[family])
+    model = stress.make_model(family)
     results = []
     for backend in (choice.REFERENCE, ON_KERNELS):
         served = engine(model, backend, num_blocks)
@@ -75,9 +69,9 @@ def test_the_kernels_serve_the_tokens_of_the_reference(family, num_blocks):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", stress.OPTIONS)
 def test_the_kernels_pass_their_check_on_a_models_shapes(family):
-    model = tiny_models.make(family, **MODELS[family])
+    model = stress.make_model(family)
     self_check.check_kernels(model, 16)
     self_check.check(model, 16, backend=kernels)
 
@@ -148,7 +142,7 @@ def test_sound_kernels_serve_and_say_that_they_were_checked(monkeypatch):
 @pytest.mark.parametrize("gathers", [True, False])
 def test_a_model_that_cannot_be_compiled_is_served_as_it_is(monkeypatch, gathers):
     """One that looks at its numbers: a trace has none. All else must stand."""
-    model = tiny_models.make("gpt_oss", head_dim=32)
+    model = stress.make_model("gpt_oss")
     if not gathers:
         model._gathers_rows = False
         model.module.model.__class__ = type(model.module.model).__mro__[1]
