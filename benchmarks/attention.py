@@ -20,9 +20,9 @@ import time
 
 import numpy as np
 
-from mlxpage import kernels
-from mlxpage.backend import device, mx
-from mlxpage.kernels.pool import as_input
+from mlxpage.metal import kernels
+from mlxpage.metal.backend import device, mx
+from mlxpage.metal.kernels.pool import as_input
 
 # batch, context, query heads, KV heads, head size, block size
 SHAPES = {

@@ -22,10 +22,10 @@ import time
 
 import numpy as np
 
-from mlxpage import choice, memory
-from mlxpage.backend import device, mlx_lm_utils, mx
 from mlxpage.engine import Engine
-from mlxpage.model import Model
+from mlxpage.metal import choice, memory
+from mlxpage.metal.backend import device, mlx_lm_utils, mx
+from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 LLAMA_8B = {

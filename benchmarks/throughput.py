@@ -20,10 +20,10 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from mlxpage import model_store
-from mlxpage.backend import BLAS, device, mx
 from mlxpage.engine import Engine
-from mlxpage.memory import plan
-from mlxpage.model import load
+from mlxpage.metal.backend import BLAS, device, mx
+from mlxpage.metal.memory import plan
+from mlxpage.metal.model import load
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.text import Tokenizer
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxpage.backend import mx
-from mlxpage.layout import Rows
-from mlxpage.sampler import Choices, Penalties, Unread
+from mlxpage.metal.backend import mx
+from mlxpage.metal.layout import Rows
+from mlxpage.metal.sampler import Choices, Penalties, Unread
 from mlxpage.scheduler import Schedule, Scheduled
 from mlxpage.sequence import Sequence
 

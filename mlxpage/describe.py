@@ -8,12 +8,13 @@ from importlib.metadata import version
 from typing import Any
 
 import mlxpage
-from mlxpage import choice, model_store, self_check
-from mlxpage import memory as sizing
-from mlxpage import model as models
-from mlxpage.backend import BLAS, device
-from mlxpage.kv_cache import windows
+from mlxpage import model_store
 from mlxpage.llm import check_options
+from mlxpage.metal import choice, self_check
+from mlxpage.metal import memory as sizing
+from mlxpage.metal import model as models
+from mlxpage.metal.backend import BLAS, device
+from mlxpage.metal.kv_cache import windows
 
 
 def machine() -> dict[str, Any]:

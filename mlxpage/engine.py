@@ -10,17 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlxpage.backend import mx
 from mlxpage.batch import Batch
 from mlxpage.block_pool import BlockPool
 from mlxpage.cache_group import CacheGroup
-from mlxpage.choice import REFERENCE, Backend
 from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
-from mlxpage.kv_cache import KVCache
-from mlxpage.memory import Plan
-from mlxpage.model import Model
+from mlxpage.metal.backend import mx
+from mlxpage.metal.choice import REFERENCE, Backend
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.memory import Plan
+from mlxpage.metal.model import Model
+from mlxpage.metal.sampler import logprobs, sample
 from mlxpage.outputs import FinishReason, RequestOutput, StreamEvent, Timings, TokenLogprobs
-from mlxpage.sampler import logprobs, sample
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import Schedule, Scheduler
 from mlxpage.sequence import Sequence

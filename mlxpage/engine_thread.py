@@ -9,9 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from mlxpage.backend import mx
 from mlxpage.engine import Engine, forget_locals
 from mlxpage.errors import EngineError
+from mlxpage.metal.backend import mx
 
 T = TypeVar("T")
 

@@ -289,10 +289,10 @@ def _engine_maker(
     and never end."""
 
     def make(closing: threading.Event):
-        from mlxpage import choice
-        from mlxpage import memory as sizing
-        from mlxpage import model as models
         from mlxpage.engine import Engine
+        from mlxpage.metal import choice
+        from mlxpage.metal import memory as sizing
+        from mlxpage.metal import model as models
         from mlxpage.text import Tokenizer
 
         def on_bytes(done: int, total: int) -> None:

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlxpage.backend import mlx_lm_utils
 from mlxpage.errors import InvalidModel, InvalidRequest
+from mlxpage.metal.backend import mlx_lm_utils
 
 
 class Tokenizer:

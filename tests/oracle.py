@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 # Two logits closer than this may change places by rounding.
 NEAR_TIE = 1e-4

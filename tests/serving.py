@@ -2,8 +2,8 @@
 
 import functools
 
-from mlxpage import choice, memory
 from mlxpage.engine import Engine
+from mlxpage.metal import choice, memory
 from mlxpage.sampling_params import SamplingParams
 
 

@@ -8,7 +8,7 @@ import tiny_models
 from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 CONTEXT = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved|>")

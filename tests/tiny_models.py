@@ -8,8 +8,8 @@ import importlib
 
 import numpy as np
 
-from mlxpage.backend import mlx_lm_utils, mx
-from mlxpage.model import Model
+from mlxpage.metal.backend import mlx_lm_utils, mx
+from mlxpage.metal.model import Model
 
 mlx_lm_utils()
 

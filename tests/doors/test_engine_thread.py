@@ -14,7 +14,7 @@ from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
 from mlxpage import EngineError, InvalidRequest, SamplingParams, UnsupportedModel
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=480, ignore_eos=True)
@@ -297,13 +297,13 @@ def test_a_load_that_fails_leaves_no_thread_and_no_memory(make_llm, tmp_path, mo
 
 
 def test_a_model_that_fails_in_its_check_is_unsupported(make_llm, monkeypatch):
-    fail(monkeypatch, "mlxpage.model.Model.__call__", ValueError("one position only"))
+    fail(monkeypatch, "mlxpage.metal.model.Model.__call__", ValueError("one position only"))
     with pytest.raises(UnsupportedModel, match="one position only"):
         make_llm()
 
 
 def test_ctrl_c_while_a_model_loads_ends_the_load(make_llm, monkeypatch):
-    from mlxpage import model
+    from mlxpage.metal import model
 
     begun = threading.Event()
 
@@ -373,12 +373,12 @@ def test_options_that_make_no_sense_are_refused_by_name(make_llm, options, named
 
 STEPS = [
     "mlxpage.batch.Batch.of",
-    "mlxpage.kv_cache.KVCache.begin",
-    "mlxpage.kv_cache.LayerCache.update_and_fetch",
-    "mlxpage.kv_cache.LayerCache.attend",
-    "mlxpage.model.Model.__call__",
+    "mlxpage.metal.kv_cache.KVCache.begin",
+    "mlxpage.metal.kv_cache.LayerCache.update_and_fetch",
+    "mlxpage.metal.kv_cache.LayerCache.attend",
+    "mlxpage.metal.model.Model.__call__",
     "mlxpage.engine.sample",
-    "mlxpage.backend.mx.eval",
+    "mlxpage.metal.backend.mx.eval",
     "mlxpage.engine.Engine._record",
     "mlxpage.scheduler.Scheduler.schedule",
     "mlxpage.scheduler.Scheduler.update",
@@ -460,7 +460,7 @@ def test_a_text_that_always_fails_fails_its_own_request_only_once(make_llm, monk
 def test_a_failed_step_leaves_waiting_requests_alone(make_llm, monkeypatch):
     llm = make_llm(max_num_seqs=1)
     expected = llm.generate("other", GREEDY).token_ids
-    fail(monkeypatch, "mlxpage.model.Model.__call__", RuntimeError("no"), at=80)
+    fail(monkeypatch, "mlxpage.metal.model.Model.__call__", RuntimeError("no"), at=80)
 
     def first():
         with pytest.raises(EngineError, match="no"):
@@ -478,7 +478,7 @@ def test_who_keeps_the_error_of_a_step_does_not_keep_its_arrays(make_llm, monkey
     llm.generate("abc", GREEDY)
     before = llm.stats()["bytes"]["active"]
     with monkeypatch.context() as patch:
-        fail(patch, "mlxpage.backend.mx.eval", RuntimeError("no"), at=2)
+        fail(patch, "mlxpage.metal.backend.mx.eval", RuntimeError("no"), at=2)
         with pytest.raises(EngineError) as caught:
             llm.generate("abc", GREEDY)
     llm.generate("abc", GREEDY)
@@ -490,7 +490,7 @@ def test_a_pool_that_cannot_be_made_again_fails_requests_until_it_can(make_llm, 
     llm = make_llm()
     expected = llm.generate("abc", GREEDY).token_ids
     with monkeypatch.context() as patch:
-        fail(patch, "mlxpage.model.Model.__call__", RuntimeError("no"))
+        fail(patch, "mlxpage.metal.model.Model.__call__", RuntimeError("no"))
         fail(patch, "mlxpage.engine.KVCache", RuntimeError("no memory"), times=2)
         for told in "no", "no memory", "no memory":
             with pytest.raises(EngineError, match=told):

@@ -8,7 +8,7 @@ import pytest
 import tiny_folder as tiny
 
 from mlxpage import InvalidRequest, SamplingParams
-from mlxpage.backend import mlx_lm_utils, mx
+from mlxpage.metal.backend import mlx_lm_utils, mx
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 RANDOM = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True)

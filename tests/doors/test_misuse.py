@@ -10,7 +10,7 @@ import pytest
 import tiny_folder as tiny
 
 from mlxpage import cli as command_line
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 # -- wrong arguments --
 

@@ -16,13 +16,13 @@ SECONDS = 30
 
 # Patches put before the command line runs, so that there is time to interrupt it.
 SLOW_LOADING = """
-import time, mlxpage.model
+import time, mlxpage.metal.model
 def slowly(module, on_bytes):
     print("LOADING", file=sys.stderr, flush=True)
     for done in range(1000):
         time.sleep(0.02)
         on_bytes(done, 1000)
-mlxpage.model._evaluate = slowly
+mlxpage.metal.model._evaluate = slowly
 """
 SLOW_STEPS = """
 import time, mlxpage.engine

@@ -4,8 +4,8 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage.backend import mx
 from mlxpage.errors import EngineError
+from mlxpage.metal.backend import mx
 from mlxpage.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

@@ -8,8 +8,8 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage import reference
-from mlxpage.model import Model
+from mlxpage.metal import reference
+from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 PROMPTS = [[7], list(range(15)), list(range(100)), list(range(50, 90)), [1, 2, 3], [9] * 33]

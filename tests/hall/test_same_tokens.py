@@ -14,7 +14,7 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage import model as models
+from mlxpage.metal import model as models
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.text import Tokenizer
 

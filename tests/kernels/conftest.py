@@ -8,7 +8,7 @@ import metal_sim
 import mlx.core as mx
 import pytest
 
-from mlxpage.kernels import pool
+from mlxpage.metal.kernels import pool
 
 ON_A_GPU = mx.metal.is_available() or mx.cuda.is_available()
 # A GPU has no use for the simulator's own tests, and broken kernels write where they like.

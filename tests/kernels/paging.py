@@ -13,9 +13,9 @@ import metal_sim
 import numpy as np
 from metal.test_reference import Case, make
 
-from mlxpage import kernels
-from mlxpage.backend import mx
-from mlxpage.kernels import attention, launch, moving, work
+from mlxpage.metal import kernels
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels import attention, launch, moving, work
 
 # Of the norm, over inputs that are rounded to the type first.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}

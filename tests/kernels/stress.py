@@ -23,10 +23,10 @@ import oracle
 import serving
 import tiny_models
 
-from mlxpage import choice
-from mlxpage.backend import mx
-from mlxpage.kernels import chunks, pool
-from mlxpage.model import Model
+from mlxpage.metal import choice
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels import chunks, pool
+from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 CHUNK = 48

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny_models
 
-from mlxpage import kernels
-from mlxpage.backend import mx
-from mlxpage.kernels.launch import Launch
-from mlxpage.kv_cache import KVCache
-from mlxpage.layout import Rows
+from mlxpage.metal import kernels
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels.launch import Launch
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layout import Rows
 
 
 @pytest.fixture(scope="module")

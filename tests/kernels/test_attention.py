@@ -12,9 +12,9 @@ import pytest
 from metal.test_reference import defined
 from paging import ONE_RUN, TOLERANCE
 
-from mlxpage import kernels
-from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
+from mlxpage.metal import kernels
+from mlxpage.metal.backend import mx
 
 
 @pytest.fixture(autouse=True)

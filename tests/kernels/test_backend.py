@@ -12,14 +12,15 @@ import stress
 import tiny_folder
 import tiny_models
 
-from mlxpage import choice, describe, kernels, memory, reference, self_check
-from mlxpage.backend import mx
+from mlxpage import describe
 from mlxpage.engine import Engine
 from mlxpage.errors import InvalidRequest, UnsupportedModel
-from mlxpage.kernels import chunks, launch, pool
-from mlxpage.kernels.work import RunCost
-from mlxpage.kv_cache import KVCache
-from mlxpage.model import Model
+from mlxpage.metal import choice, kernels, memory, reference, self_check
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels import chunks, launch, pool
+from mlxpage.metal.kernels.work import RunCost
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 ON_KERNELS = choice.Backend("metal", kernels, "the tests")

@@ -6,9 +6,9 @@ import numpy as np
 import paging
 import pytest
 
-from mlxpage import kernels
-from mlxpage.backend import mx
-from mlxpage.kernels.launch import padded
+from mlxpage.metal import kernels
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels.launch import padded
 
 
 @pytest.fixture(autouse=True)

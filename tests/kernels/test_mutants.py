@@ -17,8 +17,8 @@ import test_attention
 import test_moving
 from paging import ONE_RUN, TOLERANCE
 
-from mlxpage.backend import mx
-from mlxpage.kernels import launch
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels import launch
 
 ATTENTION, MERGE, COMMON = "paged_attention.metal", "merge_partials.metal", "common.h"
 WRITE, GATHER, COPY = "write_kv.metal", "gather_blocks.metal", "copy_blocks.metal"

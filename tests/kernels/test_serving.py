@@ -11,8 +11,8 @@ import pytest
 import serving
 import stress
 
-from mlxpage import choice, kernels
-from mlxpage.backend import mx
+from mlxpage.metal import choice, kernels
+from mlxpage.metal.backend import mx
 from mlxpage.sampling_params import SamplingParams
 
 ON_A_GPU = mx.metal.is_available() or mx.cuda.is_available()

@@ -4,7 +4,7 @@ import importlib
 
 import tiny_models
 
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 _PLAIN = {
     "hidden_size": 64,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mlxpage import compiled
-from mlxpage.backend import mx
-from mlxpage.compiled import Compiled
+from mlxpage.metal import compiled
+from mlxpage.metal.backend import mx
+from mlxpage.metal.compiled import Compiled
 
 
 class Cache:

@@ -11,11 +11,11 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage import kv_cache, reference, seam
-from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
-from mlxpage.kv_cache import KVCache, MaskTag, Tagged
-from mlxpage.layout import LayerSpec, Rows
+from mlxpage.metal import kv_cache, reference, seam
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import KVCache, MaskTag, Tagged
+from mlxpage.metal.layout import LayerSpec, Rows
 from mlxpage.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16

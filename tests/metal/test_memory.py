@@ -12,11 +12,11 @@ import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxpage import memory
-from mlxpage import model as models
-from mlxpage.backend import Device, mx
 from mlxpage.errors import InvalidRequest, OutOfMemory
-from mlxpage.model import Model
+from mlxpage.metal import memory
+from mlxpage.metal import model as models
+from mlxpage.metal.backend import Device, mx
+from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.text import Tokenizer
 

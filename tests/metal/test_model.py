@@ -17,13 +17,13 @@ import tiny_folder
 import tiny_models
 from mlx.utils import tree_flatten
 
-from mlxpage import model as models
-from mlxpage import self_check
-from mlxpage.backend import mx
 from mlxpage.errors import InvalidModel, UnsupportedModel
-from mlxpage.kv_cache import KVCache
-from mlxpage.layout import Rows
-from mlxpage.model import Model
+from mlxpage.metal import model as models
+from mlxpage.metal import self_check
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layout import Rows
+from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -419,7 +419,7 @@ from pathlib import Path
 setrlimit = resource.setrlimit
 before = (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 setrlimit(resource.RLIMIT_NOFILE, before)  # no limit that anyone would set
-from mlxpage import model, self_check
+from mlxpage.metal import model, self_check
 self_check.check(model.load(Path({str(folder)!r})), 16)
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 assert resource.setrlimit is setrlimit

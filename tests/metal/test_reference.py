@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from mlxpage import reference
-from mlxpage.backend import mx
+from mlxpage.metal import reference
+from mlxpage.metal.backend import mx
 
 HUGE = 1e30  # squared it's still a float32
 NULL_BLOCK = 0

@@ -10,8 +10,8 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage.backend import mx
-from mlxpage.sampler import Choices, Penalties, logprobs, sample
+from mlxpage.metal.backend import mx
+from mlxpage.metal.sampler import Choices, Penalties, logprobs, sample
 from mlxpage.sampling_params import SamplingParams
 
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

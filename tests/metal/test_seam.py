@@ -8,10 +8,10 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage import seam, self_check
-from mlxpage.backend import mx
 from mlxpage.errors import EngineError, UnsupportedModel
-from mlxpage.kv_cache import Tagged
+from mlxpage.metal import seam, self_check
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import Tagged
 from mlxpage.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8)

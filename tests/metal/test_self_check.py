@@ -10,11 +10,11 @@ import pytest
 import tiny_models
 from mlx.utils import tree_flatten
 
-from mlxpage import kv_cache, reference, self_check
-from mlxpage.backend import mx
 from mlxpage.errors import InvalidModel, UnsupportedModel
-from mlxpage.kv_cache import KVCache, LayerCache
-from mlxpage.model import Model
+from mlxpage.metal import kv_cache, reference, self_check
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import KVCache, LayerCache
+from mlxpage.metal.model import Model
 
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 # MLX multiplies experts' weights on a CPU in float32 only.

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxpage import seam
-from mlxpage.backend import device, mlx_lm_utils, mx
-from mlxpage.compiled import Compiled
 from mlxpage.errors import EngineError, InvalidModel, MlxpageError, UnsupportedModel
-from mlxpage.kv_cache import KVCache
-from mlxpage.layout import LayerSpec, Rows
+from mlxpage.metal import seam
+from mlxpage.metal.backend import device, mlx_lm_utils, mx
+from mlxpage.metal.compiled import Compiled
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layout import LayerSpec, Rows
 
 # What the families call the longest sequence they were trained for.
 _CONTEXT_KEYS = (

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
-from mlxpage.kernels.launch import ints, on_cuda, padded
-from mlxpage.kernels.moving import PoolKind, load_width
-from mlxpage.layout import first_readable
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels.launch import ints, on_cuda, padded
+from mlxpage.metal.kernels.moving import PoolKind, load_width
+from mlxpage.metal.layout import first_readable
 
 _NO_WINDOW = 2**30
 _MAX_THREADGROUP_BYTES = 24 * 1024

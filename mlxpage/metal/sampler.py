@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 # A row that keeps more than this many tokens costs a sort of the whole vocabulary.
 _MAX_RANKED = 1024

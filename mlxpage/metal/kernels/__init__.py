@@ -7,10 +7,10 @@ comes after every read of the step before. Attention that appends the row that i
 On a GPU nothing but these kernels touches a pool.
 """
 
-from mlxpage.kernels.attention import paged_attention
-from mlxpage.kernels.moving import copy_blocks, gather, pool_kind, write
-from mlxpage.kernels.pool import COMPILES, LOOK_AHEAD, Pool, Step
-from mlxpage.kernels.work import plan_work, run_cost, tiling
+from mlxpage.metal.kernels.attention import paged_attention
+from mlxpage.metal.kernels.moving import copy_blocks, gather, pool_kind, write
+from mlxpage.metal.kernels.pool import COMPILES, LOOK_AHEAD, Pool, Step
+from mlxpage.metal.kernels.work import plan_work, run_cost, tiling
 
 __all__ = [
     "COMPILES",

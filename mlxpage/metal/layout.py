@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ the process goes to MLX's own function untouched.
 
 from __future__ import annotations
 
-from mlxpage.backend import mx
-from mlxpage.kv_cache import LayerCache, MaskTag, Tagged
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import LayerCache, MaskTag, Tagged
 
 _dense_attention = mx.fast.scaled_dot_product_attention
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mlxpage import layout, reference
-from mlxpage.backend import mx
-from mlxpage.kernels.attention import paged_attention
-from mlxpage.kernels.chunks import Chunk, attend_chunk, plan_chunks
-from mlxpage.kernels.launch import LEAST, padded
-from mlxpage.kernels.moving import PoolKind, gather, pool_kind, write
-from mlxpage.kernels.work import RunCost, Work, plan_work, run_cost
-from mlxpage.layout import Attention, LayerSpec
+from mlxpage.metal import layout, reference
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels.attention import paged_attention
+from mlxpage.metal.kernels.chunks import Chunk, attend_chunk, plan_chunks
+from mlxpage.metal.kernels.launch import LEAST, padded
+from mlxpage.metal.kernels.moving import PoolKind, gather, pool_kind, write
+from mlxpage.metal.kernels.work import RunCost, Work, plan_work, run_cost
+from mlxpage.metal.layout import Attention, LayerSpec
 
 LOOK_AHEAD = 1
 COMPILES = True

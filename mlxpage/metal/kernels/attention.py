@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from mlxpage.backend import mx
-from mlxpage.kernels.launch import Launch, at_least_8, floats, ints, launch, on_cuda
-from mlxpage.kernels.moving import pool_kind
-from mlxpage.kernels.work import Work, tiling
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels.launch import Launch, at_least_8, floats, ints, launch, on_cuda
+from mlxpage.metal.kernels.moving import pool_kind
+from mlxpage.metal.kernels.work import Work, tiling
 
 
 def paged_attention(

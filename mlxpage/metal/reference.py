@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxpage import layout
-from mlxpage.backend import mx
-from mlxpage.layout import LayerSpec, first_readable
+from mlxpage.metal import layout
+from mlxpage.metal.backend import mx
+from mlxpage.metal.layout import LayerSpec, first_readable
 
 # MLX's own, taken before the seam puts its hook in this place.
 dense_attention = mx.fast.scaled_dot_product_attention

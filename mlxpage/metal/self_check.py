@@ -9,12 +9,12 @@ from types import ModuleType
 
 import numpy as np
 
-from mlxpage import kernels, reference
-from mlxpage.backend import mx
 from mlxpage.errors import InvalidModel, MlxpageError, UnsupportedModel
-from mlxpage.kv_cache import KVCache, windows
-from mlxpage.layout import Attention, LayerSpec, Rows
-from mlxpage.model import Model
+from mlxpage.metal import kernels, reference
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import KVCache, windows
+from mlxpage.metal.layout import Attention, LayerSpec, Rows
+from mlxpage.metal.model import Model
 
 # Rounding that the dtype makes by itself, relative to the largest logit.
 _FLOOR = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 4e-2}

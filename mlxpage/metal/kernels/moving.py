@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from mlxpage.backend import mx
-from mlxpage.kernels.launch import LEAST, Launch, ints, one_thread_a_piece, padded
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels.launch import LEAST, Launch, ints, one_thread_a_piece, padded
 
 PoolKind = tuple[tuple[int, int, int], mx.Dtype]  # a pool's shape but its blocks, and its dtype
 

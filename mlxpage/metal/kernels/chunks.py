@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxpage import reference
-from mlxpage.backend import mx
-from mlxpage.kernels.launch import padded
-from mlxpage.kernels.moving import gather
-from mlxpage.layout import first_readable
+from mlxpage.metal import reference
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kernels.launch import padded
+from mlxpage.metal.kernels.moving import gather
+from mlxpage.metal.layout import first_readable
 
 _dense_attention = reference.dense_attention
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxpage.backend import mx
+from mlxpage.metal.backend import mx
 
 # MLX passes arrays of fewer elements in another address space, and would compile again for it.
 LEAST = 8
@@ -24,7 +24,7 @@ def _text(name: str) -> str:
 
     Without comments: MLX hashes the text at every call, and takes names in it for attributes.
     """
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "metal", package.parent / "metal"):
         if (folder / name).is_file():
             lines = (folder / name).read_text(encoding="ascii").splitlines()

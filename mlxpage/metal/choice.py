@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from mlxpage import kernels, reference, self_check
-from mlxpage.backend import device
 from mlxpage.errors import InvalidRequest
-from mlxpage.model import Model
+from mlxpage.metal import kernels, reference, self_check
+from mlxpage.metal.backend import device
+from mlxpage.metal.model import Model
 
 NAMES = ("metal", "cuda", "reference")
 

@@ -6,10 +6,10 @@ import operator
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from mlxpage import reference
-from mlxpage.backend import mx
 from mlxpage.errors import UnsupportedModel
-from mlxpage.layout import Attention, LayerSpec, Rows, Step
+from mlxpage.metal import reference
+from mlxpage.metal.backend import mx
+from mlxpage.metal.layout import Attention, LayerSpec, Rows, Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from mlxpage.backend import mx
-from mlxpage.kv_cache import KVCache
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import KVCache
 
 _MOST_FUNCTIONS = 32
 _MOST_KEYS = 256

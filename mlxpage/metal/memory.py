@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxpage import reference
-from mlxpage.backend import device
 from mlxpage.errors import InvalidRequest, OutOfMemory
-from mlxpage.kv_cache import windows
-from mlxpage.layout import LayerSpec
-from mlxpage.model import Model
+from mlxpage.metal import reference
+from mlxpage.metal.backend import device
+from mlxpage.metal.kv_cache import windows
+from mlxpage.metal.layout import LayerSpec
+from mlxpage.metal.model import Model
 
 DEFAULT_SHARE = 0.5
 # Without a budget given, the pool is no larger than this many tokens for each sequence that may
