@@ -379,7 +379,11 @@ class Engine:
                 "peak_used": self._peak_blocks,
             },
             "block_size": self.plan.block_size,
-            "backend": {"name": self.backend.name, "why": self.backend.why},
+            "backend": {
+                "name": self.backend.name,
+                "why": self.backend.why,
+                "not_compiled": self.model.not_compiled,
+            },
             "bytes": {
                 "budget": self.plan.budget,
                 "weights": self.plan.weights,

@@ -63,6 +63,11 @@ class Model:
         """Whether the head runs only for the sampled rows; else logits of all rows exist once."""
         return self._gathers_rows
 
+    @property
+    def not_compiled(self) -> str | None:
+        """Why decode steps are built anew each time, if the model could not be compiled."""
+        return self._compiled.error
+
     def bind(self, cache: KVCache | None) -> None:
         self.cache = cache
         self._compiled = Compiled()
