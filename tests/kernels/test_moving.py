@@ -9,6 +9,7 @@ import pytest
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.launch import padded
+from mlxpage.metal.kernels.work import RunCost
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +140,10 @@ def test_a_pool_may_have_more_elements_than_32_bits_count(name):
         assert np.array_equal(paging.floats(k)[0], paging.floats(rows)[:, :, 0].swapaxes(0, 1))
         assert np.array_equal(paging.floats(v), -paging.floats(k))
         return
-    work = kernels.plan_work(np.array([0, 1], np.int32), length, table, block_size, None, 1, 1)
+    starts, cost = np.array([0, 1], np.int32), RunCost(1, 1, 1)
+    work = kernels.plan_work(starts, length, table, block_size, None, cost)
     q = random(rng, (1, kv_heads, 1, dim), mx.float16)
-    out = kernels.paged_attention(q, k_pool, v_pool, work, paging.FENCE, scale=0.1)
+    out, _ = kernels.paged_attention(q, k_pool, v_pool, work, paging.FENCE, scale=0.1)
     k = paging.floats(rows)[:, :, 0]  # (2, kv_heads, dim)
     weights = np.exp(0.1 * (paging.floats(q)[0, :, 0] * k).sum(-1))
     expected = -(weights[:, :, None] * k).sum(0) / weights.sum(0)[:, None]
