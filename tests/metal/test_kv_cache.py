@@ -309,7 +309,7 @@ def test_k_and_v_fetched_again_are_the_same():
 
 # -- memory --
 
-PARAMS = SamplingParams(temperature=0, max_tokens=12)
+PARAMS = SamplingParams(temperature=0, max_tokens=200)
 PROMPTS = [list(range(n)) for n in (3, 60, 100, 17)]
 
 
