@@ -99,6 +99,21 @@ class Step:
         return mask if window is None else mask & (keys > queries - window)
 
 
+class Pool:
+    """The blocks of one layer, full of zeros at first. Backends write and read them."""
+
+    def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
+        shape = (num_blocks + 1, spec.kv_heads, block_size)
+        self.fill(
+            mx.zeros((*shape, spec.k_head_dim), spec.dtype),
+            mx.zeros((*shape, spec.v_head_dim), spec.dtype),
+        )
+
+    def fill(self, k: mx.array, v: mx.array) -> None:
+        """Makes these the pools: (num_blocks + 1, kv_heads, block_size, head_dim) each."""
+        self.k, self.v = k, v
+
+
 def first_readable(positions, block_size: int, window: int | None):
     """The first position of the block where the window of each position begins."""
     if window is None:

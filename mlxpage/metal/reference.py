@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxpage.metal import layout
 from mlxpage.metal.backend import mx
-from mlxpage.metal.layout import LayerSpec, first_readable
+from mlxpage.metal.layout import first_readable
 
 # MLX's own, taken before the seam puts its hook in this place.
 dense_attention = mx.fast.scaled_dot_product_attention
@@ -356,19 +356,8 @@ class Step(layout.Step):
         return self._spans[window, heads]
 
 
-class Pool:
+class Pool(layout.Pool):
     """The blocks of one layer, as MLX arrays that each write replaces by its result."""
-
-    def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
-        shape = (num_blocks + 1, spec.kv_heads, block_size)
-        self.fill(
-            mx.zeros((*shape, spec.k_head_dim), spec.dtype),
-            mx.zeros((*shape, spec.v_head_dim), spec.dtype),
-        )
-
-    def fill(self, k: mx.array, v: mx.array) -> None:
-        """Makes these the pools: (num_blocks + 1, kv_heads, block_size, head_dim) each."""
-        self.k, self.v = k, v
 
     def arrays(self) -> list[mx.array]:
         return [self.k, self.v]

@@ -105,21 +105,16 @@ class Step(layout.Step):
         return self._chunks[key]
 
 
-class Pool:
+class Pool(layout.Pool):
     """The blocks of one layer, which only the kernels write and read."""
 
     def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
-        shape = (num_blocks + 1, spec.kv_heads, block_size)
-        self.fill(
-            mx.zeros((*shape, spec.k_head_dim), spec.dtype),
-            mx.zeros((*shape, spec.v_head_dim), spec.dtype),
-        )
+        super().__init__(spec, num_blocks, block_size)
         self.fence = mx.zeros(LEAST, mx.int32)
         self._new: tuple[mx.array, mx.array] | None = None
 
     def fill(self, k: mx.array, v: mx.array) -> None:
-        """Makes these the pools: (num_blocks + 1, kv_heads, block_size, head_dim) each."""
-        self.k, self.v = k, v
+        super().fill(k, v)
         self._inputs = as_input(k), as_input(v)
 
     @property
