@@ -1,4 +1,4 @@
-"""Blocks of K/V cache, counted: ids, references and the queue of free ones.
+"""Blocks of K/V cache, counted: ids, references, contents and the queue of free ones.
 
 A block is `block_size` consecutive token positions of one sequence, for every layer of a cache
 group. Here it is only a number; the arrays behind it live in `kv_cache.py`.
@@ -16,23 +16,36 @@ NULL_BLOCK = 0
 class BlockPool:
     """Hands out the blocks 1 to `num_blocks`, each in O(1).
 
-    A block is free, or used by as many owners as its reference count says. The free queue is in
-    the order of reuse: its front is taken next, and a freed table goes in back to front, so that
+    A block is free, or used by as many owners as its reference count says. A full block may be
+    cached besides, under a key that stands for its tokens and all before them: it can be found
+    then, and keeps its content while it is free, until it is handed out again.
+
+    The free queue is in the order of reuse: its front is taken next. Blocks with nothing in them
+    come first, then cached ones, longest free first. A freed table goes in back to front, so that
     the head of a prompt, which other prompts may share, outlives its tail.
     """
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
+        self.num_evictions = 0
+        """Cached blocks that were handed out again."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._references = [0] * (num_blocks + 1)
+        self._cached: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}  # of the cached blocks
 
     @property
     def num_free(self) -> int:
+        """Blocks that can be handed out, cached ones among them."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
+
+    @property
+    def num_free_cached(self) -> int:
+        return sum(block in self._free for block in self._keys)
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` blocks, each with one owner; the caller has asked `num_free` before."""
@@ -41,14 +54,18 @@ class BlockPool:
         blocks = [take(last=False)[0] for _ in range(count)]
         for block in blocks:
             references[block] = 1
+            self.num_evictions += self.forget(block)
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
         """Adds an owner to each block; NULL_BLOCK entries are passed over."""
         for block in blocks:
-            if block != NULL_BLOCK:
-                assert self._references[block] > 0, f"block {block} is free and can't be shared"
-                self._references[block] += 1
+            if block == NULL_BLOCK:
+                continue
+            if self._references[block] == 0:
+                assert block in self._keys, f"block {block} is free and can't be shared"
+                del self._free[block]
+            self._references[block] += 1
 
     def free(self, table: list[int]) -> None:
         """Takes one owner from each block of `table`; NULL_BLOCK entries are passed over."""
@@ -60,9 +77,39 @@ class BlockPool:
             references[block] -= 1
             if references[block] == 0:
                 self._free[block] = None
+                if block not in self._keys:
+                    self._free.move_to_end(block, last=False)
 
     def num_owners(self, block: int) -> int:
         return self._references[block]
+
+    # -- contents --
+
+    def find(self, key: bytes) -> int | None:
+        """The block that is cached under `key`, used or free."""
+        return self._cached.get(key)
+
+    def cache(self, block: int, key: bytes) -> None:
+        """Makes a block that somebody uses known under `key`, if no other is."""
+        assert self._references[block] > 0, f"block {block} is free and can't be cached"
+        if key not in self._cached:
+            assert block not in self._keys, f"block {block} is cached under another key"
+            self._cached[key] = block
+            self._keys[block] = key
+
+    def forget(self, block: int) -> bool:
+        """Takes a block out of the cache; False if it wasn't there."""
+        key = self._keys.pop(block, None)
+        if key is None:
+            return False
+        del self._cached[key]
+        if block in self._free:
+            self._free.move_to_end(block, last=False)
+        return True
+
+    def forget_all(self) -> None:
+        for block in list(self._keys):
+            self.forget(block)
 
     def check(self, tables: Iterable[list[int]]) -> None:
         """Recounts everything against the `tables` of all owners; AssertionError if it's off."""
@@ -78,3 +125,7 @@ class BlockPool:
         assert in_use + self.num_free == self.num_blocks, (
             f"{in_use} used + {self.num_free} free blocks; the pool has {self.num_blocks}"
         )
+        known = {block: key for key, block in self._cached.items()}
+        assert known == self._keys, "a cached block isn't the one that its key finds"
+        empty = [block not in self._keys for block in self._free]
+        assert empty == sorted(empty, reverse=True), "a cached block is reused before an empty one"

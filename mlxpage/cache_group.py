@@ -42,13 +42,33 @@ class CacheGroup:
 
     def give_back(self, table: list[int], num_computed_tokens: int) -> None:
         """Frees what no row from position `num_computed_tokens` on can read any more."""
-        unreadable = (num_computed_tokens - self.window + 1) // self.block_size
-        first = unreadable
+        first = unreadable = self.first_readable(num_computed_tokens)
         while first > 0 and table[first - 1] != NULL_BLOCK:
             first -= 1
         if first < unreadable:
             self.pool.free(table[first:unreadable])
             table[first:unreadable] = [NULL_BLOCK] * (unreadable - first)
+
+    def first_readable(self, num_computed_tokens: int) -> int:
+        """Index of the first block that rows from position `num_computed_tokens` on can read."""
+        if self.window is None:
+            return 0
+        return max(0, num_computed_tokens - self.window + 1) // self.block_size
+
+    def held_prefix(self, keys: list[bytes]) -> int:
+        """The most of the first blocks, by their `keys`, after which a sequence could go on: the
+        pool still has those that their next row can read."""
+        find = self.pool.find
+        if self.window is None:
+            return next((i for i, key in enumerate(keys) if find(key) is None), len(keys))
+        length = len(keys)
+        while length:
+            needed = range(length - 1, self.first_readable(length * self.block_size) - 1, -1)
+            gap = next((i for i in needed if find(keys[i]) is None), None)
+            if gap is None:
+                break
+            length = gap  # anything longer reads the gap too
+        return length
 
     def release(self, table: list[int]) -> None:
         self.pool.free(table)

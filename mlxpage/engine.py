@@ -21,6 +21,7 @@ from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
 from mlxpage.metal.sampler import logprobs, sample
 from mlxpage.outputs import FinishReason, RequestOutput, StreamEvent, Timings, TokenLogprobs
+from mlxpage.prefix_cache import PrefixCache
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import Schedule, Scheduler
 from mlxpage.sequence import Sequence
@@ -80,6 +81,7 @@ class Engine:
         defaults: dict[str, Any] | None = None,
         seed: int | None = None,
         backend: Backend = REFERENCE,
+        prefix_cache: bool = True,
     ):
         self.model = model
         self.backend = backend
@@ -98,7 +100,10 @@ class Engine:
             for blocks, window in zip(plan.num_blocks, model.cache.windows, strict=True)
         ]
         self.scheduler = Scheduler(
-            groups, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            groups,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefix_cache=PrefixCache(groups) if prefix_cache else None,
         )
         self._requests: dict[int, Request] = {}
         self._in_flight: list[Started] = []
@@ -312,6 +317,7 @@ class Engine:
                     f"computed in {dtype}. Its numbers may pass that type's range: try "
                     "dtype='bfloat16' or 'float32'."
                 )
+                self.scheduler.withdraw(seq)
                 self._finish(request, "abort", error=error)
 
     def _hand_out(self, request: Request, token: int, now: float) -> None:
@@ -365,7 +371,9 @@ class Engine:
     # -- facts --
 
     def stats(self) -> dict[str, Any]:
-        """Counters and the state of the pool; block counts are those of the largest group."""
+        """Counters and the state of the pool. Block counts are those of the largest group: cached
+        ones are free too, but still hold a prefix. Prompt tokens that were found in the pool are
+        hits, of all that were looked for when a request was first admitted."""
         pool = self._largest_pool()
         return {
             **self._counts,
@@ -375,10 +383,12 @@ class Engine:
             "blocks": {
                 "total": pool.num_blocks,
                 "used": pool.num_used,
-                "free": pool.num_free,
+                "cached": pool.num_free_cached,
+                "free": pool.num_free - pool.num_free_cached,
                 "peak_used": self._peak_blocks,
             },
             "block_size": self.plan.block_size,
+            "prefix_cache": self._prefix_stats(),
             "backend": {
                 "name": self.backend.name,
                 "why": self.backend.why,
@@ -392,6 +402,16 @@ class Engine:
                 "active": mx.get_active_memory(),
                 "peak": mx.get_peak_memory(),
             },
+        }
+
+    def _prefix_stats(self) -> dict[str, int] | None:
+        cache = self.scheduler.prefix_cache
+        if cache is None:
+            return None
+        return {
+            "queried_tokens": cache.num_queried_tokens,
+            "hit_tokens": cache.num_hit_tokens,
+            "evictions": cache.num_evictions,
         }
 
     def _largest_pool(self) -> BlockPool:

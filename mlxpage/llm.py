@@ -33,6 +33,8 @@ class LLM:
         block_size: tokens in a block, 16 or 32.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed in a step; longer prompts come in chunks.
+        prefix_cache: whether blocks keep what they hold after their sequence has ended, until they
+            are needed: a prompt that begins alike isn't computed again.
         backend: "metal", "cuda" or "reference". None: MLXPAGE_BACKEND, or the kernels of this
             machine's GPU, which check themselves when the model is loaded. Where they fail, the
             reference serves, and `on_status` or a RuntimeWarning says so.
@@ -57,6 +59,7 @@ class LLM:
         block_size: int = 16,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
+        prefix_cache: bool = True,
         backend: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
@@ -69,6 +72,7 @@ class LLM:
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            prefix_cache=prefix_cache,
             backend=backend,
             dtype=dtype,
             seed=seed,
@@ -88,6 +92,7 @@ class LLM:
                 folder,
                 {"memory": memory, "num_blocks": num_blocks, "block_size": block_size},
                 limits,
+                prefix_cache=prefix_cache,
                 dtype=dtype,
                 seed=seed,
                 defaults=self.defaults,
@@ -251,6 +256,7 @@ def check_options(
     max_num_batched_tokens: int = 512,
     dtype: str | None,
     num_blocks: int | None = None,
+    prefix_cache: bool = True,
     backend: str | None = None,
     seed: int | None = None,
 ) -> None:
@@ -259,6 +265,8 @@ def check_options(
         raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
     _one_of("block_size", block_size, (16, 32))
     _one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
+    if not isinstance(prefix_cache, bool):
+        raise InvalidRequest(f"prefix_cache is {prefix_cache!r:.80}; it must be True or False")
     _one_of("backend", backend, (None, "metal", "cuda", "reference"))
     _integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
     _integer("max_num_seqs", max_num_seqs, least=1)
@@ -278,6 +286,7 @@ def _engine_maker(
     sizes: dict[str, Any],
     limits: dict[str, int],
     *,
+    prefix_cache: bool,
     dtype: str | None,
     seed: int | None,
     defaults: dict[str, Any],
@@ -311,7 +320,7 @@ def _engine_maker(
         served = choice.checked(loaded, sizes["block_size"], backend, on_status)
         tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
         options = {"defaults": defaults, "seed": seed, "backend": served}
-        return Engine(loaded, tokenizer, plan, **options, **limits)
+        return Engine(loaded, tokenizer, plan, prefix_cache=prefix_cache, **options, **limits)
 
     return make
 

@@ -69,6 +69,9 @@ class SamplingParams:
     """Log-probabilities of each token and of this many of the likeliest."""
     prompt_logprobs: int | None = None
 
+    cache_salt: str | None = None
+    """Prefixes are shared with requests of the same salt only."""
+
     def __post_init__(self) -> None:
         _number(self, "temperature", 0, 100, none=True)
         _number(self, "top_p", 0, 1, none=True, above=True)
@@ -82,6 +85,7 @@ class SamplingParams:
         _integer(self, "seed", -(2**63), 2**64 - 1, none=True)
         _integer(self, "logprobs", 0, MAX_LOGPROBS, none=True)
         _integer(self, "prompt_logprobs", 0, MAX_LOGPROBS, none=True)
+        _text(self, "cache_salt")
         _boolean(self, "ignore_eos")
         _boolean(self, "skip_special_tokens")
         object.__setattr__(self, "stop", _stops(self.stop))
@@ -124,6 +128,12 @@ def _boolean(params, name: str) -> None:
     value = getattr(params, name)
     if not isinstance(value, bool):
         raise InvalidRequest(f"{name} must be True or False, not {value!r:.80}")
+
+
+def _text(params, name: str) -> None:
+    value = getattr(params, name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequest(f"{name} must be a string, not {value!r:.80}")
 
 
 def _items(name: str, values: Any) -> tuple:

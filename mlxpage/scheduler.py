@@ -10,6 +10,7 @@ from mlxpage.block_pool import NULL_BLOCK
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import FinishReason
+from mlxpage.prefix_cache import PrefixCache
 from mlxpage.sequence import Sequence, Status
 
 # Rows of a step whose prompt log-probabilities are wanted: their logits, vocabulary-sized, exist at
@@ -59,7 +60,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, groups: list[CacheGroup], *, max_num_seqs: int = 32, max_num_batched_tokens: int = 512
+        self,
+        groups: list[CacheGroup],
+        *,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        prefix_cache: PrefixCache | None = None,
     ):
         if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise InvalidRequest(
@@ -67,6 +73,7 @@ class Scheduler:
                 f"({max_num_batched_tokens}): every running sequence needs a token a step."
             )
         self.groups = groups
+        self.prefix_cache = prefix_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
@@ -118,6 +125,8 @@ class Scheduler:
         return schedule
 
     def _continue_running(self, schedule: Schedule) -> None:
+        for seq in self.running:
+            self._commit(seq)
         self._give_back()
         running = self.running
         budget = self.max_num_batched_tokens
@@ -135,14 +144,19 @@ class Scheduler:
         running = self.running
         while self.waiting and len(running) < self.max_num_seqs:
             seq = self.waiting[0]
-            # A preempted sequence may still wait for its last token: it can't be fed before.
             budget = self.max_num_batched_tokens - schedule.num_scheduled_tokens
+            # A preempted sequence may still wait for its last token: it can't be fed before.
+            if not budget or seq.num_pending:
+                break
+            self._take_cached(seq)
             granted = self._grant(seq, budget, schedule)
-            if not granted or seq.num_pending or not self._fits(seq):
+            if not granted or not self._fits(seq):
+                self._release(seq)
                 break
             heapq.heappop(self.waiting)
             seq.status = Status.RUNNING
             insort(running, seq)
+            self._count_cached(seq)
             self._grow(seq, granted)
             self._plan(schedule, seq, granted)
 
@@ -167,6 +181,39 @@ class Scheduler:
             seq.num_pending += 1
         schedule.scheduled.append(Scheduled(seq, start, granted, samples))
         schedule.num_scheduled_tokens += granted
+        # All rows of chunks are written before any row of the step reads. A single row is written
+        # by its own attention: others may read it in the next step.
+        if granted > 1:
+            self._commit(seq)
+
+    # -- prefixes --
+
+    def _take_cached(self, seq: Sequence) -> None:
+        """Gives `seq` what is cached of its tokens, unless their logits are wanted too."""
+        if self.prefix_cache is None or seq.is_scored:
+            return
+        seq.block_tables = self.prefix_cache.match(seq)
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
+            group.pool.share(table)
+        seq.num_committed_blocks = len(seq.block_tables[0])
+        seq.num_computed_tokens = seq.num_committed_blocks * self.groups[0].block_size
+
+    def _count_cached(self, seq: Sequence) -> None:
+        if self.prefix_cache is not None and seq.num_preemptions == 0:
+            seq.num_cached_tokens = seq.num_computed_tokens
+            self.prefix_cache.num_queried_tokens += seq.num_prompt_tokens
+            self.prefix_cache.num_hit_tokens += seq.num_cached_tokens
+
+    def _commit(self, seq: Sequence) -> None:
+        if self.prefix_cache is not None:
+            self.prefix_cache.commit(seq, seq.num_computed_tokens)
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Makes nobody else find the K and V of `seq`, which have proved wrong."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.withdraw(seq)
+            # Not again when it ends.
+            seq.num_committed_blocks = seq.max_length
 
     # -- blocks --
 
@@ -199,7 +246,6 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence, schedule: Schedule) -> None:
         self._release(seq)
-        seq.num_computed_tokens = 0
         seq.num_preemptions += 1
         seq.status = Status.WAITING
         heapq.heappush(self.waiting, seq)
@@ -209,6 +255,7 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         for group, table in zip(self.groups, seq.block_tables, strict=True):
             group.release(table)
+        seq.num_computed_tokens = seq.num_committed_blocks = 0
 
     def _fits(self, seq: Sequence) -> bool:
         """Whether `seq` can be admitted and everyone, with it, can grow for a while.
@@ -267,6 +314,7 @@ class Scheduler:
             self._forget_finished()
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        self._commit(seq)
         self._release(seq)
         seq.status = Status.FINISHED
         seq.finish_reason = reason
@@ -276,6 +324,8 @@ class Scheduler:
         tokens on their way won't arrive."""
         while self.running:
             self._preempt(self.running.pop(), Schedule())
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
         for seq in self.waiting:
             seq.num_tokens -= seq.num_pending
             seq.num_pending = 0

@@ -24,11 +24,13 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "block_keys",
         "block_tables",
         "finish_reason",
         "id",
         "max_length",
         "num_cached_tokens",
+        "num_committed_blocks",
         "num_computed_tokens",
         "num_pending",
         "num_preemptions",
@@ -65,10 +67,15 @@ class Sequence:
         self.num_computed_tokens = 0
         """Positions whose K and V are in the pool, or will be once the planned step has run."""
         self.num_cached_tokens = 0
+        """Of the prompt, those whose K and V were found when it was first admitted."""
         self.num_pending = 0
         self.num_preemptions = 0
         self.block_tables: list[list[int]] = []
         """One per cache group, filled in by the scheduler."""
+        self.block_keys: list[bytes] = []
+        """Of its first full blocks, as far as the prefix cache has made them."""
+        self.num_committed_blocks = 0
+        """Blocks of its tables that the prefix cache knows."""
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
 

@@ -19,16 +19,64 @@ def test_a_new_pool_hands_out_its_blocks_in_order():
     assert BlockPool(4).allocate(4) == [1, 2, 3, 4]
 
 
+def cached(pool: BlockPool, count: int) -> list[int]:
+    """So many blocks, each cached under its own number."""
+    table = pool.allocate(count)
+    for block in table:
+        pool.cache(block, b"%d" % block)
+    return table
+
+
 def test_a_freed_table_is_reused_back_to_front():
     pool = BlockPool(3)
-    pool.free(pool.allocate(3))
+    pool.free(cached(pool, 3))
     assert pool.allocate(3) == [3, 2, 1]
 
 
 def test_free_blocks_are_reused_before_freshly_freed_ones():
     pool = BlockPool(4)
+    pool.free(cached(pool, 2))
+    assert pool.allocate(4) == [3, 4, 2, 1]
+
+
+def test_empty_blocks_are_reused_before_cached_ones():
+    pool = BlockPool(4)
+    pool.free(cached(pool, 2))
     pool.free(pool.allocate(2))
     assert pool.allocate(4) == [3, 4, 2, 1]
+    assert pool.num_evictions == 2
+
+
+def test_a_cached_block_is_found_until_it_is_handed_out_again():
+    pool = BlockPool(2)
+    pool.free(cached(pool, 1))
+    assert pool.find(b"1") == 1 and pool.num_free_cached == 1
+    assert pool.allocate(1) == [2]
+    assert pool.find(b"1") == 1
+    pool.share([1])
+    assert pool.num_free == 0 and pool.num_owners(1) == 1
+    pool.free([1])
+    assert pool.allocate(1) == [1]
+    assert pool.find(b"1") is None and pool.num_evictions == 1
+
+
+def test_the_first_block_of_a_content_stays_the_one_that_is_found():
+    pool = BlockPool(2)
+    first, second = pool.allocate(2)
+    pool.cache(first, b"key")
+    pool.cache(second, b"key")
+    assert pool.find(b"key") == first
+
+
+def test_what_is_forgotten_is_not_found_and_is_reused_first():
+    pool = BlockPool(3)
+    pool.free(cached(pool, 3))
+    assert pool.forget(1) and not pool.forget(1)
+    assert pool.find(b"1") is None
+    assert pool.allocate(1) == [1]
+    pool.forget_all()
+    assert pool.num_free_cached == 0
+    assert pool.num_evictions == 0
 
 
 def test_a_shared_block_is_free_after_its_last_owner():
@@ -48,7 +96,7 @@ def test_null_entries_of_a_table_are_passed_over():
     pool.free(table)
     pool.check([table])
     pool.free(table)
-    assert pool.allocate(2) == [2, 1]
+    assert sorted(pool.allocate(2)) == [1, 2]
 
 
 def test_taking_more_than_is_free_is_our_mistake_and_takes_nothing():
@@ -82,6 +130,8 @@ def test_a_free_block_is_not_shared():
         (lambda pool, table: pool._free.__setitem__(2, None), "block 2 is used and free"),
         (lambda pool, table: pool._free.__setitem__(NULL_BLOCK, None), "3 used . 4 free .* has 6"),
         (lambda pool, table: table.append(7), "4 used . 3 free blocks; the pool has 6"),
+        (lambda pool, table: pool._cached.__setitem__(b"1", 2), "isn't the one that its key finds"),
+        (lambda pool, table: pool._free.move_to_end(4, last=False), "before an empty one"),
     ],
     ids=[
         "lost block",
@@ -92,11 +142,16 @@ def test_a_free_block_is_not_shared():
         "used block in the free queue",
         "null block in the free queue",
         "unknown block in a table",
+        "key of another block",
+        "cached block at the front of the free queue",
     ],
 )
 def test_check_finds(damage, message):
     pool = BlockPool(6)
-    table = pool.allocate(3)
+    table = pool.allocate(4)
+    pool.cache(table[0], b"1")
+    pool.cache(table[3], b"4")
+    pool.free([table.pop()])
     pool.check([table])
     damage(pool, table)
     with pytest.raises(AssertionError, match=message):
@@ -107,11 +162,13 @@ def test_check_finds(damage, message):
 
 
 class Model:
-    """Owners as a list of tables, free blocks as a list in the order of reuse."""
+    """Owners as a list of tables, free blocks as a list in the order of reuse, keys by block."""
 
     def __init__(self, num_blocks: int):
         self.free = list(range(1, num_blocks + 1))
         self.tables: list[list[int]] = []
+        self.keys: dict[int, bytes] = {}
+        self.evictions = 0
 
     def owners(self, block: int) -> int:
         return sum(table.count(block) for table in self.tables)
@@ -119,7 +176,19 @@ class Model:
     def allocate(self, count: int) -> list[int]:
         taken, self.free = self.free[:count], self.free[count:]
         self.tables.append(taken)
+        self.evictions += sum(block in self.keys for block in taken)
+        self.keys = {block: key for block, key in self.keys.items() if block not in taken}
         return list(taken)
+
+    def put(self, block: int) -> None:
+        """Into the free blocks, where it belongs."""
+        self.free.insert(len(self.free) if block in self.keys else 0, block)
+
+    def take(self, block: int) -> list[int]:
+        if block in self.free:
+            self.free.remove(block)
+        self.tables.append([block])
+        return [block]
 
     def share(self, index: int, count: int) -> list[int]:
         self.tables.append(self.tables[index][:count])
@@ -132,7 +201,7 @@ class Model:
         for position in reversed(range(first, last)):
             block, table[position] = table[position], NULL_BLOCK
             if block != NULL_BLOCK and self.owners(block) == 0:
-                self.free.append(block)
+                self.put(block)
         if not any(table):
             del self.tables[index]
         return released
@@ -178,6 +247,42 @@ class PoolAgainstModel(RuleBasedStateMachine):
         last = data.draw(st.integers(1, len(self.model.tables[index])), label="last")
         first = data.draw(st.integers(0, last - 1), label="first")
         self.pool.free(self.model.release(index, first, last))
+
+    @precondition(lambda self: self.model.tables)
+    @rule(data=st.data(), key=st.binary(min_size=1, max_size=1))
+    def cache(self, data, key):
+        used = sorted({block for table in self.model.tables for block in table if block})
+        block = data.draw(st.sampled_from(used), label="block")
+        if block in self.model.keys:
+            return
+        self.pool.cache(block, key)
+        if key not in self.model.keys.values():
+            self.model.keys[block] = key
+
+    @precondition(lambda self: self.model.keys)
+    @rule(data=st.data())
+    def use_what_is_cached(self, data):
+        key = data.draw(st.sampled_from(sorted(self.model.keys.values())), label="key")
+        block = self.pool.find(key)
+        assert self.model.keys[block] == key
+        self.pool.share(self.model.take(block))
+
+    @precondition(lambda self: self.model.keys)
+    @rule(data=st.data())
+    def forget(self, data):
+        block = data.draw(st.sampled_from(sorted(self.model.keys)), label="block")
+        assert self.pool.forget(block)
+        del self.model.keys[block]
+        if block in self.model.free:
+            self.model.free.remove(block)
+            self.model.put(block)
+
+    @invariant()
+    def contents_agree(self):
+        for block, key in self.model.keys.items():
+            assert self.pool.find(key) == block
+        assert self.pool.num_free_cached == len(self.model.keys.keys() & set(self.model.free))
+        assert self.pool.num_evictions == self.model.evictions
 
     @invariant()
     def counts_agree(self):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from world import Request, World
 
 from mlxpage.cache_group import CacheGroup
+from mlxpage.prefix_cache import PrefixCache
 from mlxpage.scheduler import Scheduler
 
 
@@ -43,6 +44,7 @@ class Load:
     max_num_seqs: int
     max_num_batched_tokens: int
     depth: int
+    prefix_cache: bool
     arrivals: list[tuple[int, Request]]  # by step
     aborts: list[tuple[int, int, bool]]  # step, which request, after planning
 
@@ -51,8 +53,10 @@ class Load:
 def loads(draw):
     # A crowd comes at once with short prompts and long outputs: it outgrows its pool.
     crowd = draw(st.booleans())
+    prefix_cache = draw(st.booleans())
+    block_sizes = st.sampled_from([1, 2, 3, 4, 8, 16, 32])
     group = st.tuples(
-        st.sampled_from([1, 2, 3, 4, 8, 16, 32]),
+        st.just(draw(block_sizes)) if prefix_cache else block_sizes,
         st.none() | st.integers(1, 64),
         st.sampled_from([0, 0.25] if crowd else [0, 0.1, 0.25, 0.5, 1]),
     )
@@ -62,7 +66,10 @@ def loads(draw):
         new=st.integers(40 if crowd else 1, 100 if crowd else 40),
         stop_after=st.none() | st.integers(0, 99),
         priority=st.sampled_from([0, 0, 0, 0, 1, -1]),
-        prompt_logprobs=st.booleans(),
+        prompt_logprobs=st.sampled_from([False, False, True]),
+        family=st.integers(0, 1),
+        common=st.sampled_from([0, 8, 40, 80]),
+        salt=st.sampled_from([None, None, None, "salt"]),
     )
     arrival = st.tuples(st.integers(0, 5 if crowd else 60), request)
     abort = st.tuples(st.integers(0, 200), st.integers(0, 15), st.booleans())
@@ -72,6 +79,7 @@ def loads(draw):
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 80)),
         depth=draw(st.integers(0, 2)),
+        prefix_cache=prefix_cache,
         arrivals=draw(st.lists(arrival, min_size=8 if crowd else 1, max_size=12)),
         aborts=draw(st.lists(abort, max_size=3)),
     )
@@ -82,7 +90,10 @@ def serve(load: Load) -> World:
     chunk = load.max_num_batched_tokens
     groups = [pool_for(requests, size, window, chunk, share) for size, window, share in load.groups]
     scheduler = Scheduler(
-        groups, max_num_seqs=load.max_num_seqs, max_num_batched_tokens=load.max_num_batched_tokens
+        groups,
+        max_num_seqs=load.max_num_seqs,
+        max_num_batched_tokens=load.max_num_batched_tokens,
+        prefix_cache=PrefixCache(groups) if load.prefix_cache else None,
     )
     world = World(scheduler, load.depth)
     last = max(step for step, *_ in [*load.arrivals, *load.aborts])

@@ -1,12 +1,12 @@
-"""A pretend engine: it computes plans against a memory that remembers who wrote what.
+"""A pretend engine: it computes plans against a memory that remembers what was written.
 
 It knows the rules of a paged cache, and nothing of how the scheduler keeps them: a row writes the
-slot of its position, then reads the slots of all positions in its window. Every claim about a
-plan is asserted while it runs.
+slot of its position, then reads the slots of all positions in its window. What it writes depends
+on its token and all before it. Every claim about a plan is asserted while it runs.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxpage.cache_group import CacheGroup
 from mlxpage.sampling_params import SamplingParams
@@ -14,7 +14,8 @@ from mlxpage.scheduler import MAX_SCORED_TOKENS, Schedule, Scheduler
 from mlxpage.sequence import Sequence, Status
 
 STOP = 1
-PROMPT_TOKEN = 2
+COMMON, OWN = 1000, 2000
+"""Prompt tokens from here on are those of a family of requests, or of one request alone."""
 PARAMS = SamplingParams()
 WITH_PROMPT_LOGPROBS = SamplingParams(prompt_logprobs=0)
 
@@ -26,6 +27,16 @@ class Request:
     stop_after: int | None = None  # outputs before the stop token
     priority: int = 0
     prompt_logprobs: bool = False
+    family: int = 0
+    common: int = 0
+    """Prompt tokens that all of the family begin with."""
+    salt: str | None = None
+
+    def prompt_tokens(self, id: int) -> list[int]:
+        return [
+            COMMON + self.family if index < self.common else OWN + id
+            for index in range(self.prompt)
+        ]
 
     def token(self, index: int) -> int:
         """The output at `index`, whatever batch it is computed in."""
@@ -41,21 +52,12 @@ class Request:
     def sequence(self, id: int) -> Sequence:
         return Sequence(
             id,
-            [PROMPT_TOKEN] * self.prompt,
-            WITH_PROMPT_LOGPROBS if self.prompt_logprobs else PARAMS,
+            self.prompt_tokens(id),
+            replace(WITH_PROMPT_LOGPROBS if self.prompt_logprobs else PARAMS, cache_salt=self.salt),
             max_length=self.prompt + self.new,
             stop_token_ids=frozenset([STOP]),
             priority=self.priority,
         )
-
-
-@dataclass
-class Content:
-    """What a block holds: the first `filled` tokens of a block of one life of a sequence."""
-
-    life: tuple[int, int]  # sequence id, preemptions so far
-    index: int
-    filled: int
 
 
 class World:
@@ -67,8 +69,10 @@ class World:
         self.requests: list[Request] = []
         self.sequences: list[Sequence] = []
         self.in_flight: deque[Schedule] = deque()
-        self.memory: list[dict[int, Content]] = [{} for _ in scheduler.groups]
-        self.num_fed: dict[tuple[int, int], int] = {}  # per life: tokens computed
+        # What each block holds: the tokens in it and all before them.
+        self.memory: list[dict[int, tuple]] = [{} for _ in scheduler.groups]
+        self.num_fed: dict[tuple[int, int], int] = {}  # per life: tokens computed or found
+        self.num_found = self.num_steps_with_sharing = 0
         self.num_sampled: list[int] = []  # prompt and sampled tokens, read or not
         self.aborted: set[int] = set()
         self.newcomers: list[int] = []  # per sequence: later ones of better priority
@@ -190,12 +194,24 @@ class World:
             writers: dict[int, int] = {}
             for part in plan.scheduled:
                 self.write(index, group, part, writers)
+            # A single row is written by its own attention, which others don't wait for.
+            late = {
+                part.seq.block_tables[index][part.start // group.block_size]: part.seq.id
+                for part in plan.scheduled
+                if part.num_tokens == 1
+            }
             for part in plan.scheduled:
-                self.read(index, group, part)
+                self.read(index, group, part, late)
+        self.num_steps_with_sharing += any(
+            group.pool.num_owners(block) > 1
+            for group in self.scheduler.groups
+            for part in plan.scheduled
+            for block in part.seq.block_tables[self.scheduler.groups.index(group)]
+        )
         scored = []
         for part in plan.scheduled:
             seq, end = part.seq, part.start + part.num_tokens
-            assert part.start == self.num_fed.get(self.life(seq), 0), "skipped or repeated"
+            self.check_start(part)
             assert end <= self.num_sampled[seq.id], "a token is fed before it is sampled"
             if end > len(seq.token_ids):
                 assert part.num_tokens == 1, "a token that nobody knows yet, in a longer chunk"
@@ -212,41 +228,49 @@ class World:
             self.furthest[seq.id] = max(end, known)
         assert sum(scored) <= MAX_SCORED_TOKENS + len(scored), "too many logits at once"
 
+    def check_start(self, part) -> None:
+        """A life begins with what it found, and goes on without a gap."""
+        seq, life = part.seq, self.life(part.seq)
+        if life not in self.num_fed and self.scheduler.prefix_cache is not None:
+            assert part.start % self.scheduler.groups[0].block_size == 0
+            assert part.start == 0 or seq.params.prompt_logprobs is None
+            assert part.start <= len(seq.token_ids) - 1, "nothing left to compute"
+            if seq.num_preemptions == 0:
+                assert seq.num_cached_tokens == part.start
+            self.num_found += part.start
+        else:
+            assert part.start == self.num_fed.get(life, 0), "skipped or repeated"
+
     def life(self, seq: Sequence) -> tuple[int, int]:
         return (seq.id, seq.num_preemptions)
 
+    def content(self, seq: Sequence, end: int) -> tuple:
+        """Of a block whose last token is the one before `end`."""
+        request = self.requests[seq.id]
+        outputs = [request.token(index) for index in range(end - request.prompt)]
+        return (request.salt, *request.prompt_tokens(seq.id), *outputs)[: end + 1]
+
     def write(self, index: int, group: CacheGroup, part, writers: dict[int, int]) -> None:
         memory, size = self.memory[index], group.block_size
-        life, end = self.life(part.seq), part.start + part.num_tokens
+        end = part.start + part.num_tokens
         for column in range(part.start // size, (end - 1) // size + 1):
             block = part.seq.block_tables[index][column]
             assert 1 <= block <= group.pool.num_blocks
             assert writers.setdefault(block, part.seq.id) == part.seq.id, "two write to a block"
-            first, last = max(0, part.start - column * size), min(size, end - column * size)
-            if first:
-                assert memory[block] == Content(life, column, first), "a block has lost its start"
-            elif block in memory:
-                assert not self.is_needed(memory[block], group), "overwritten while in use"
-            memory[block] = Content(life, column, last)
+            if part.start > column * size:
+                start = self.content(part.seq, part.start)
+                assert memory[block] == start, "a block has lost its start"
+            memory[block] = self.content(part.seq, min((column + 1) * size, end))
 
-    def read(self, index: int, group: CacheGroup, part) -> None:
+    def read(self, index: int, group: CacheGroup, part, late: dict[int, int]) -> None:
         memory, size = self.memory[index], group.block_size
-        life, end = self.life(part.seq), part.start + part.num_tokens
+        end = part.start + part.num_tokens
         first = 0 if group.window is None else max(0, part.start - group.window + 1)
         for column in range(first // size, (end - 1) // size + 1):
-            content = memory[part.seq.block_tables[index][column]]
-            assert (content.life, content.index) == (life, column), "reads what others wrote"
-            assert content.filled == min(size, end - column * size), "reads what nobody wrote"
-
-    def is_needed(self, content: Content, group: CacheGroup) -> bool:
-        """Whether a row of this step or of a later one reads the block."""
-        seq = self.sequences[content.life[0]]
-        if seq.status is not Status.RUNNING or self.life(seq) != content.life:
-            return False
-        if self.is_planned_to_its_end(seq):
-            return False
-        first = 0 if group.window is None else self.num_fed[content.life] - group.window + 1
-        return (content.index + 1) * group.block_size > first
+            block = part.seq.block_tables[index][column]
+            expected = self.content(part.seq, min((column + 1) * size, end))
+            assert memory[block] == expected, "reads what others wrote, or nobody"
+            assert late.get(block, part.seq.id) == part.seq.id, "reads what is being written"
 
     def check_tables(self, plan: Schedule) -> None:
         """No more blocks are held than the tokens, the window and the chunk ask for."""
