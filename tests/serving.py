@@ -36,10 +36,12 @@ def engine(
     num_blocks=4096,
     block_size=16,
     backend=choice.REFERENCE,
+    prefix_cache=True,
     **limits,
 ) -> Engine:
     plan = memory.plan(model, num_blocks=num_blocks, block_size=block_size, **limits)
-    return Engine(model, tokenizer or ByteTokenizer(), plan, seed=0, backend=backend, **limits)
+    options = {"seed": 0, "backend": backend, "prefix_cache": prefix_cache}
+    return Engine(model, tokenizer or ByteTokenizer(), plan, **options, **limits)
 
 
 def serve(engine: Engine, prompts, params, *, on_step=None) -> list:
