@@ -85,6 +85,10 @@ class BlockPool:
 
     # -- contents --
 
+    def is_private(self, block: int) -> bool:
+        """Whether its one owner may change what it holds."""
+        return self._references[block] == 1 and block not in self._keys
+
     def find(self, key: bytes) -> int | None:
         """The block that is cached under `key`, used or free."""
         return self._cached.get(key)

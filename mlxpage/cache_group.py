@@ -29,6 +29,16 @@ class CacheGroup:
         # A chunk's first row reads window - 1 older positions; both ends may be cut by a block.
         return min(blocks, -(-(self.window - 1 + chunk) // self.block_size) + 1)
 
+    def wanted(self, table: list[int], num_computed_tokens: int, num_tokens: int) -> int:
+        """Blocks to take before the positions from the one to the other number have a place that
+        nobody shares."""
+        return max(0, self.missing(table, num_tokens)) + self.is_shared(table, num_computed_tokens)
+
+    def is_shared(self, table: list[int], num_computed_tokens: int) -> bool:
+        """Whether the block of the next position is begun already, and not `table`'s alone."""
+        index = num_computed_tokens // self.block_size
+        return index < len(table) and not self.pool.is_private(table[index])
+
     def missing(self, table: list[int], num_tokens: int) -> int:
         """Blocks to add before `num_tokens` positions have a place."""
         return -(-num_tokens // self.block_size) - len(table)
@@ -39,6 +49,24 @@ class CacheGroup:
 
     def grow(self, table: list[int], count: int) -> None:
         table += self.pool.allocate(count)
+
+    def copy_shared(self, table: list[int], num_computed_tokens: int) -> tuple[int, int]:
+        """Puts a block of its own in the place of the one that `is_shared`; returns both."""
+        index = num_computed_tokens // self.block_size
+        source, (target,) = table[index], self.pool.allocate(1)
+        table[index] = target
+        self.pool.free([source])
+        return source, target
+
+    def branch(self, table: list[int], num_tokens: int) -> list[int] | None:
+        """A table that shares what a sequence with so many tokens computed needs of `table`; None
+        if some of it has been given back already."""
+        first = self.first_readable(num_tokens)
+        shared = table[first : -(-num_tokens // self.block_size)]
+        if NULL_BLOCK in shared:
+            return None
+        self.pool.share(shared)
+        return [NULL_BLOCK] * first + shared
 
     def give_back(self, table: list[int], num_computed_tokens: int) -> None:
         """Frees what no row from position `num_computed_tokens` on can read any more."""

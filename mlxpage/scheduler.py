@@ -6,7 +6,6 @@ import heapq
 from bisect import insort
 from dataclasses import dataclass, field
 
-from mlxpage.block_pool import NULL_BLOCK
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import FinishReason
@@ -43,6 +42,8 @@ class Schedule:
     num_scheduled_tokens: int = 0
     num_scored_tokens: int = 0
     """Of them, those whose prompt log-probabilities are wanted."""
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(cache group, source, target): blocks to copy, in this order, before anything is written."""
 
     def __bool__(self) -> bool:
         return bool(self.scheduled)
@@ -99,7 +100,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queues a sequence. Raises `InvalidRequest` if the pools can never hold it."""
         self.check_capacity(seq)
-        seq.block_tables = [[] for _ in self.groups]
+        for each in (seq, *seq.forks):
+            each.block_tables = [[] for _ in self.groups]
         heapq.heappush(self.waiting, seq)
 
     def check_capacity(self, seq: Sequence) -> None:
@@ -122,6 +124,9 @@ class Scheduler:
         self._continue_running(schedule)
         if not schedule.preempted:
             self._admit_waiting(schedule)
+        for part in schedule.scheduled:
+            if part.samples and part.seq.forks:
+                self._branch_off(part.seq, schedule)
         return schedule
 
     def _continue_running(self, schedule: Schedule) -> None:
@@ -186,6 +191,53 @@ class Scheduler:
         if granted > 1:
             self._commit(seq)
 
+    # -- forks --
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Adds `child`, whose tokens `parent` has or had, on the blocks of `parent` where it can.
+        Raises as `add` does."""
+        self.check_capacity(child)
+        child.block_tables = [[] for _ in self.groups]
+        if not self._branch(parent, child):
+            heapq.heappush(self.waiting, child)
+
+    def _branch_off(self, seq: Sequence, schedule: Schedule) -> None:
+        forks, seq.forks = seq.forks, []
+        for child in forks:
+            if child.status is Status.FINISHED:
+                continue
+            if schedule.preempted:
+                heapq.heappush(self.waiting, child)
+            else:
+                self.fork(seq, child)
+
+    def _branch(self, parent: Sequence, child: Sequence) -> bool:
+        """Lets `child` run on the blocks of `parent`, if it's its turn and there is a seat and
+        room; otherwise it has to wait, and will find what is cached then.
+
+        It computes its last token again, for what comes after it. Whoever writes first into a
+        block of both gets a copy.
+        """
+        is_next = not self.waiting or child < self.waiting[0]
+        has_seat = len(self.running) < self.max_num_seqs
+        if not (is_next and has_seat and parent.status is Status.RUNNING):
+            return False
+        computed = min(parent.num_computed_tokens, len(child.token_ids) - 1)
+        tables = zip(self.groups, parent.block_tables, strict=True)
+        branches = [group.branch(table, computed) for group, table in tables]
+        child.block_tables = [branch or [] for branch in branches]
+        child.num_computed_tokens = computed
+        child.num_committed_blocks = min(
+            parent.num_committed_blocks, computed // self.groups[0].block_size
+        )
+        if None in branches or not self._fits(child):
+            self._release(child)
+            return False
+        child.num_cached_tokens = min(computed, child.num_prompt_tokens)
+        child.status = Status.RUNNING
+        insort(self.running, child)
+        return True
+
     # -- prefixes --
 
     def _take_cached(self, seq: Sequence) -> None:
@@ -227,22 +279,29 @@ class Scheduler:
     def _make_room(self, seq: Sequence, granted: int, schedule: Schedule) -> bool:
         """Gives `seq` the blocks for its next tokens, preempting the newest sequences if it must;
         False if that took `seq` itself."""
-        end = seq.num_computed_tokens + granted
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
-            missing = group.missing(table, end)
-            if missing <= 0:
-                continue
-            while group.pool.num_free < missing:
-                victim = self.running.pop()
-                self._preempt(victim, schedule)
-                if victim is seq:
-                    return False
-            group.grow(table, missing)
+        while not self._has_room(seq, granted):
+            victim = self.running.pop()
+            self._preempt(victim, schedule)
+            if victim is seq:
+                return False
+        for index, (group, table) in enumerate(zip(self.groups, seq.block_tables, strict=True)):
+            if group.is_shared(table, seq.num_computed_tokens):
+                copied = group.copy_shared(table, seq.num_computed_tokens)
+                schedule.copies.append((index, *copied))
+        self._grow(seq, granted)
         return True
+
+    def _has_room(self, seq: Sequence, granted: int) -> bool:
+        start = seq.num_computed_tokens
+        return all(
+            group.wanted(table, start, start + granted) <= group.pool.num_free
+            for group, table in zip(self.groups, seq.block_tables, strict=True)
+        )
 
     def _grow(self, seq: Sequence, granted: int) -> None:
         for group, table in zip(self.groups, seq.block_tables, strict=True):
-            group.grow(table, group.missing(table, seq.num_computed_tokens + granted))
+            if (missing := group.missing(table, seq.num_computed_tokens + granted)) > 0:
+                group.grow(table, missing)
 
     def _preempt(self, seq: Sequence, schedule: Schedule) -> None:
         self._release(seq)
@@ -278,6 +337,7 @@ class Scheduler:
                     other.num_tokens - other.num_computed_tokens, self.max_num_batched_tokens
                 )
                 room -= max(0, group.blocks_for(end, chunk) - group.held(table))
+                room -= group.is_shared(table, other.num_computed_tokens)
                 if room < 0:
                     return False
         return True
@@ -337,10 +397,8 @@ class Scheduler:
             heapq.heapify(self.waiting)
 
     def check(self) -> None:
-        """Recounts every pool; AssertionError if a block is lost, shared by mistake or unknown."""
+        """Recounts every pool; AssertionError if a block is lost or unknown."""
         sequences = [*self.running, *self.waiting]
         for index, group in enumerate(self.groups):
             tables = [seq.block_tables[index] for seq in sequences]
             group.pool.check(tables)
-            writable = [table[-1] for table in tables if table and table[-1] != NULL_BLOCK]
-            assert len(set(writable)) == len(writable), "two sequences write into one block"

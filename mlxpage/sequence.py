@@ -27,6 +27,7 @@ class Sequence:
         "block_keys",
         "block_tables",
         "finish_reason",
+        "forks",
         "id",
         "max_length",
         "num_cached_tokens",
@@ -76,6 +77,8 @@ class Sequence:
         """Of its first full blocks, as far as the prefix cache has made them."""
         self.num_committed_blocks = 0
         """Blocks of its tables that the prefix cache knows."""
+        self.forks: list[Sequence] = []
+        """Sequences with the same prompt that go their own ways once it is computed."""
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
 

@@ -70,6 +70,7 @@ def loads(draw):
         family=st.integers(0, 1),
         common=st.sampled_from([0, 8, 40, 80]),
         salt=st.sampled_from([None, None, None, "salt"]),
+        forks=st.sampled_from([0, 0, 0, 1, 3]),
     )
     arrival = st.tuples(st.integers(0, 5 if crowd else 60), request)
     abort = st.tuples(st.integers(0, 200), st.integers(0, 15), st.booleans())

@@ -31,6 +31,8 @@ class Request:
     common: int = 0
     """Prompt tokens that all of the family begin with."""
     salt: str | None = None
+    forks: int = 0
+    first_output: int = 10
 
     def prompt_tokens(self, id: int) -> list[int]:
         return [
@@ -40,7 +42,7 @@ class Request:
 
     def token(self, index: int) -> int:
         """The output at `index`, whatever batch it is computed in."""
-        return STOP if index == self.stop_after else 10 + index
+        return STOP if index == self.stop_after else self.first_output + index
 
     def alone(self) -> list[int]:
         """What it generates when it's served on its own."""
@@ -72,6 +74,8 @@ class World:
         # What each block holds: the tokens in it and all before them.
         self.memory: list[dict[int, tuple]] = [{} for _ in scheduler.groups]
         self.num_fed: dict[tuple[int, int], int] = {}  # per life: tokens computed or found
+        self.parents: dict[int, Sequence] = {}
+        self.num_copies = 0
         self.num_found = self.num_steps_with_sharing = 0
         self.num_sampled: list[int] = []  # prompt and sampled tokens, read or not
         self.aborted: set[int] = set()
@@ -83,8 +87,20 @@ class World:
     # -- the engine's part --
 
     def add(self, request: Request) -> Sequence:
-        seq = request.sequence(len(self.sequences))
+        seq = self._sequence(request)
+        seq.forks = [self._sequence(request, parent=seq) for _ in range(request.forks)]
         self.scheduler.add(seq)
+        return seq
+
+    def _sequence(self, request: Request, parent: Sequence | None = None) -> Sequence:
+        id = len(self.sequences)
+        if parent is not None:
+            first_output = 10_000 * (1 + id)
+            request = replace(request, first_output=first_output, prompt_logprobs=False)
+        seq = request.sequence(id)
+        if parent is not None:
+            seq.token_ids = list(parent.token_ids)
+            self.parents[id] = parent
         for other in self.sequences:
             self.newcomers[other.id] += request.priority < other.priority
         self.requests.append(request)
@@ -94,6 +110,8 @@ class World:
         return seq
 
     def abort(self, seq: Sequence) -> None:
+        for child in list(seq.forks):
+            self.abort(child)
         if seq.status is not Status.FINISHED:
             self.aborted.add(seq.id)
         reason = seq.finish_reason
@@ -167,11 +185,12 @@ class World:
         assert len(set(parts)) == len(parts), "a sequence has two parts"
 
         done = {id for id in running if self.is_planned_to_its_end(self.sequences[id])}
-        assert set(parts) == running - done, "each running sequence advances, and no other"
-
+        branched = running - set(parts) - done - {seq.id for seq in before}
+        assert all(self.parents[id].id in parts for id in branched), "nobody branched off here"
         preempted = {seq.id for seq in plan.preempted}
         stayed = {seq.id for seq in before} - preempted
         admitted = running - stayed
+        assert set(parts) == running - done - branched, "each running sequence advances"
         assert stayed <= running and preempted <= {seq.id for seq in before}
         assert not (preempted and admitted), "admitted into room that was just taken"
         for id in preempted:
@@ -180,6 +199,8 @@ class World:
             assert self.sequences[id].num_preemptions <= most, "preempted again and again"
         for seq in scheduler.waiting:
             assert seq.status is Status.WAITING and not any(seq.block_tables)
+            if seq.id in self.parents and self.parents[seq.id].id in parts:
+                continue  # it came when the others had been admitted
             assert all(self.place(other) < self.place(seq.id) for other in admitted), "overtaken"
 
     def place(self, id: int) -> tuple[int, int]:
@@ -190,6 +211,10 @@ class World:
         return self.num_sampled[seq.id] == request.prompt + request.new
 
     def compute(self, plan: Schedule) -> None:
+        for index, source, target in plan.copies:
+            assert self.scheduler.groups[index].pool.num_owners(target) == 1
+            self.memory[index][target] = self.memory[index][source]
+            self.num_copies += 1
         for index, group in enumerate(self.scheduler.groups):
             writers: dict[int, int] = {}
             for part in plan.scheduled:
@@ -231,8 +256,10 @@ class World:
     def check_start(self, part) -> None:
         """A life begins with what it found, and goes on without a gap."""
         seq, life = part.seq, self.life(part.seq)
-        if life not in self.num_fed and self.scheduler.prefix_cache is not None:
-            assert part.start % self.scheduler.groups[0].block_size == 0
+        is_fork = seq.id in self.parents and part.start == len(seq.token_ids) - 1
+        if life not in self.num_fed and (is_fork or self.scheduler.prefix_cache is not None):
+            # A fork goes on where its parent was; only the last token is computed again.
+            assert is_fork or part.start % self.scheduler.groups[0].block_size == 0
             assert part.start == 0 or seq.params.prompt_logprobs is None
             assert part.start <= len(seq.token_ids) - 1, "nothing left to compute"
             if seq.num_preemptions == 0:
@@ -247,8 +274,9 @@ class World:
     def content(self, seq: Sequence, end: int) -> tuple:
         """Of a block whose last token is the one before `end`."""
         request = self.requests[seq.id]
+        own = self.parents.get(seq.id, seq).id
         outputs = [request.token(index) for index in range(end - request.prompt)]
-        return (request.salt, *request.prompt_tokens(seq.id), *outputs)[: end + 1]
+        return (request.salt, *request.prompt_tokens(own), *outputs)[: end + 1]
 
     def write(self, index: int, group: CacheGroup, part, writers: dict[int, int]) -> None:
         memory, size = self.memory[index], group.block_size
@@ -259,7 +287,7 @@ class World:
             assert writers.setdefault(block, part.seq.id) == part.seq.id, "two write to a block"
             if part.start > column * size:
                 start = self.content(part.seq, part.start)
-                assert memory[block] == start, "a block has lost its start"
+                assert memory[block][: len(start)] == start, "a block has lost its start"
             memory[block] = self.content(part.seq, min((column + 1) * size, end))
 
     def read(self, index: int, group: CacheGroup, part, late: dict[int, int]) -> None:
@@ -278,7 +306,8 @@ class World:
         for seq in self.scheduler.running:
             for group, table in zip(self.scheduler.groups, seq.block_tables, strict=True):
                 held = sum(block != 0 for block in table)
-                tokens = self.num_fed[self.life(seq)]
+                # A fork that has just branched off will compute its last token.
+                tokens = self.num_fed.get(self.life(seq), len(seq.token_ids) - 1)
                 assert len(table) == -(-tokens // group.block_size)
                 if group.window is not None and seq.id in chunks:
                     read = group.window - 1 + chunks[seq.id]
