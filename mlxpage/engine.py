@@ -7,7 +7,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxpage.batch import Batch
@@ -20,39 +20,13 @@ from mlxpage.metal.kv_cache import KVCache
 from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
 from mlxpage.metal.sampler import logprobs, sample
-from mlxpage.outputs import FinishReason, RequestOutput, StreamEvent, Timings, TokenLogprobs
+from mlxpage.outputs import FinishReason, StreamEvent, Timings, TokenLogprobs
 from mlxpage.prefix_cache import PrefixCache
+from mlxpage.request import Choice, Request
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import Schedule, Scheduler
 from mlxpage.sequence import Sequence
-from mlxpage.text import TextStream, Tokenizer
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A sequence, and what its caller wants to hear of it."""
-
-    seq: Sequence
-    text_stream: TextStream
-    on_event: Callable[[StreamEvent], None]
-    timings: Timings
-    text: str = ""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-
-    def output(self) -> RequestOutput:
-        seq, params = self.seq, self.seq.params
-        return RequestOutput(
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
-            text=self.text,
-            token_ids=seq.output_token_ids,
-            finish_reason=seq.finish_reason,
-            num_cached_tokens=seq.num_cached_tokens,
-            num_preemptions=seq.num_preemptions,
-            timings=self.timings,
-            logprobs=self.logprobs if params.logprobs is not None else None,
-            prompt_logprobs=self.prompt_logprobs if params.prompt_logprobs is not None else None,
-        )
+from mlxpage.text import Tokenizer
 
 
 @dataclass(slots=True)
@@ -105,7 +79,8 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=PrefixCache(groups) if prefix_cache else None,
         )
-        self._requests: dict[int, Request] = {}
+        self._choices: dict[int, tuple[Request, Choice]] = {}
+        """By the ids of their sequences, until they end."""
         self._in_flight: list[Started] = []
         """Steps whose results nobody has read yet, oldest first."""
         self._ids = itertools.count()
@@ -127,6 +102,16 @@ class Engine:
         """
         params = params.with_defaults(self.defaults)
         self._check_tokens(prompt, params)
+        choices = [
+            self._choice(index, prompt, of_choice, priority)
+            for index, of_choice in enumerate(_params_of_choices(params))
+        ]
+        first, *others = (choice.seq for choice in choices)
+        first.forks = others
+        self.scheduler.check_capacity(first)
+        return Request(params, choices, on_event)
+
+    def _choice(self, index: int, prompt: list[int], params: SamplingParams, priority: int):
         eos = frozenset() if params.ignore_eos else self._eos
         seq = Sequence(
             next(self._ids),
@@ -136,9 +121,8 @@ class Engine:
             stop_token_ids=eos | frozenset(params.stop_token_ids),
             priority=priority,
         )
-        self.scheduler.check_capacity(seq)
         text_stream = self.tokenizer.stream(params.stop, params.skip_special_tokens)
-        return Request(seq, text_stream, on_event, Timings(arrived=time.perf_counter()))
+        return Choice(index, seq, text_stream, Timings(arrived=time.perf_counter()))
 
     def _check_tokens(self, prompt: list[int], params: SamplingParams) -> None:
         if not prompt:
@@ -175,21 +159,26 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queues a request; its events come from `step`. Returns its id."""
-        seq = request.seq
-        if seq.params.seed is None:
-            seq.params = replace(seq.params, seed=self._seeds.getrandbits(64))
-        self.scheduler.add(seq)
-        self._requests[seq.id] = request
-        return seq.id
+        seed = request.params.seed
+        seed = self._seeds.getrandbits(64) if seed is None else seed
+        for choice in request.choices:
+            # A choice is what its seed gives alone.
+            of_choice = (seed + choice.index) % 2**64
+            choice.seq.params = replace(choice.seq.params, seed=of_choice)
+        self.scheduler.add(request.choices[0].seq)
+        for choice in request.choices:
+            self._choices[choice.seq.id] = request, choice
+        return request.id
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with what it has so far; does nothing if it has ended already."""
-        if request := self._requests.get(request_id):
-            self._finish(request, "abort")
+        for request in {request for request, _ in self._choices.values()}:
+            if request.id == request_id:
+                self._end(request)
 
     def abort_all(self, error: MlxpageError | None = None) -> None:
-        for request in list(self._requests.values()):
-            self._finish(request, "abort", error=error)
+        for request, _ in list(self._choices.values()):
+            self._end(request, error)
 
     def close(self) -> None:
         """Gives the memory of weights and pool back."""
@@ -265,7 +254,8 @@ class Engine:
     def _note_start(self, schedule: Schedule) -> None:
         now = time.perf_counter()
         for part in schedule.scheduled:
-            timings = self._requests[part.seq.id].timings
+            _, choice = self._choices[part.seq.id]
+            timings = choice.timings
             timings.scheduled = timings.scheduled or now
 
     # -- results --
@@ -292,25 +282,25 @@ class Engine:
         self._fail_broken(batch.sampling, tokens)
         scored = _as_logprobs(batch.scored_tokens, started.prompt_logprobs)
         for (seq, position), entry in zip(batch.scoring, scored, strict=True):
-            request = self._requests.get(seq.id)
+            request, _ = self._choices.get(seq.id, (None, None))
             # A preempted prompt is computed again.
             if request and position == len(request.prompt_logprobs):
                 request.prompt_logprobs.append(_first(entry, seq.params.prompt_logprobs))
         if started.logprobs:
             chosen = _as_logprobs(tokens, started.logprobs)
             for seq, entry in zip(batch.sampling, chosen, strict=True):
-                request = self._requests.get(seq.id)
-                if request and seq.params.logprobs is not None:
-                    request.logprobs.append(_first(entry, seq.params.logprobs))
+                _, choice = self._choices.get(seq.id, (None, None))
+                if choice and seq.params.logprobs is not None:
+                    choice.logprobs.append(_first(entry, seq.params.logprobs))
         for seq, token in self.scheduler.update(started.schedule, tokens):
             # What hears of one request may abort another.
-            if request := self._requests.get(seq.id):
-                self._hand_out(request, token, now)
+            if seq.id in self._choices:
+                self._hand_out(*self._choices[seq.id], token, now)
 
     def _fail_broken(self, sampling: list[Sequence], tokens: list[int]) -> None:
         """Fails the requests that got no token because their logits were not finite."""
         for seq, token in zip(sampling, tokens, strict=True):
-            if token < 0 and (request := self._requests.get(seq.id)):
+            if token < 0 and seq.id in self._choices:
                 dtype = str(self.model.logits_dtype).removeprefix("mlx.core.")
                 error = EngineError(
                     f"the model's logits are not finite after {len(seq.token_ids):,} tokens; "
@@ -318,41 +308,49 @@ class Engine:
                     "dtype='bfloat16' or 'float32'."
                 )
                 self.scheduler.withdraw(seq)
-                self._finish(request, "abort", error=error)
+                self._end(self._choices[seq.id][0], error)
 
-    def _hand_out(self, request: Request, token: int, now: float) -> None:
-        seq = request.seq
-        request.timings.first_token = request.timings.first_token or now
+    def _hand_out(self, request: Request, choice: Choice, token: int, now: float) -> None:
+        seq = choice.seq
+        choice.timings.first_token = choice.timings.first_token or now
         ended_by_token = seq.finish_reason == "stop"
-        text = "" if ended_by_token else request.text_stream.add(token)
-        if seq.finish_reason or request.text_stream.stopped:
-            self._finish(request, seq.finish_reason or "stop", text, [token])
+        text = "" if ended_by_token else choice.text_stream.add(token)
+        if seq.finish_reason or choice.text_stream.stopped:
+            self._finish(request, choice, seq.finish_reason or "stop", text, [token])
         else:
-            request.text += text
-            request.on_event(StreamEvent(text, [token]))
+            choice.text += text
+            request.on_event(StreamEvent(text, [token], choice=choice.index))
+
+    def _end(self, request: Request, error: MlxpageError | None = None) -> None:
+        for choice in request.choices:
+            if choice.seq.id in self._choices:
+                self._finish(request, choice, "abort", error=error)
 
     def _finish(
         self,
         request: Request,
+        choice: Choice,
         reason: FinishReason,
         text: str = "",
         token_ids: list[int] | None = None,
         error: MlxpageError | None = None,
     ) -> None:
-        seq = request.seq
+        seq = choice.seq
         if error is None:
-            text += request.text_stream.finish()
+            text += choice.text_stream.finish()
         self.scheduler.finish(seq, reason)
-        del self._requests[seq.id]
-        if request.text_stream.stopped:
+        del self._choices[seq.id]
+        if choice.text_stream.stopped:
             seq.finish_reason = "stop"
-        request.text += text
-        request.timings.finished = time.perf_counter()
+        choice.text += text
+        choice.timings.finished = time.perf_counter()
         if seq.finish_reason != "abort":
-            self._counts["prompt_tokens"] += seq.num_prompt_tokens
+            self._counts["prompt_tokens"] += seq.num_prompt_tokens * (choice.index == 0)
             self._counts["output_tokens"] += seq.num_output_tokens
-        output = request.output()
-        request.on_event(StreamEvent(text, token_ids or [], seq.finish_reason, output, error))
+        request.num_unfinished -= 1
+        output = None if request.num_unfinished else request.output()
+        ids, reason = token_ids or [], seq.finish_reason
+        request.on_event(StreamEvent(text, ids, reason, output, error, choice.index))
 
     def _fail(self, schedules: list[Schedule], error: Exception) -> None:
         """Fails the requests of steps that raised, and drops the pool, which the next step makes
@@ -365,8 +363,8 @@ class Engine:
         forget_locals(error)
         mx.clear_cache()
         for part in (part for schedule in schedules for part in schedule.scheduled):
-            if request := self._requests.get(part.seq.id):
-                self._finish(request, "abort", error=failure)
+            if part.seq.id in self._choices:
+                self._end(self._choices[part.seq.id][0], failure)
 
     # -- facts --
 
@@ -416,6 +414,16 @@ class Engine:
 
     def _largest_pool(self) -> BlockPool:
         return max((group.pool for group in self.scheduler.groups), key=lambda p: p.num_blocks)
+
+
+def _params_of_choices(params: SamplingParams) -> list[SamplingParams]:
+    """The first one computes the prompt, so its log-probabilities are with it. To choose the best
+    takes those of all tokens."""
+    first = params
+    count = params.best_of or params.n
+    if count > params.n and params.logprobs is None:
+        first = replace(params, logprobs=0)
+    return [first, *[replace(first, prompt_logprobs=None)] * (count - 1)]
 
 
 def forget_locals(error: BaseException | None) -> None:

@@ -148,10 +148,10 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[StreamEvent]:
         """A generation as it comes. Leaving the loop ends it. For a conversation, give
-        `chat_prompt(messages)`."""
+        `chat_prompt(messages)`. With `n` in its params, events say which `choice` they are of."""
         if not _is_prompt(prompt):
             raise InvalidRequest("stream takes one prompt, a text or a list of token ids")
-        events = self._events([prompt], _each(params, 1), priority)
+        events = self.stream_many([prompt], params, priority=priority)
         return (event for _, event in events)
 
     def stream_many(
@@ -163,7 +163,14 @@ class LLM:
     ) -> Iterator[tuple[int, StreamEvent]]:
         """Generations as they come: (index of the prompt, event). Leaving the loop ends all."""
         prompts = _many(prompts)
-        return self._events(prompts, _each(params, len(prompts)), priority)
+        params = _each(params, len(prompts))
+        for given in params:
+            if (given.best_of or 0) > given.n:
+                raise InvalidRequest(
+                    f"best_of is {given.best_of} and n is {given.n}: which are best is known when "
+                    "all have ended. Use generate, or leave best_of out."
+                )
+        return self._events(prompts, params, priority)
 
     def _run(self, prompts, params, priority) -> list[RequestOutput]:
         outputs: list[RequestOutput | None] = [None] * len(prompts)
@@ -195,11 +202,11 @@ class LLM:
                 index, event = self._next(events)
                 if event.error is not None:
                     raise event.error
-                unfinished -= event.finish_reason is not None
+                unfinished -= event.output is not None
                 yield index, event
         finally:
             if unfinished:
-                self._abort([request.seq.id for request in requests])
+                self._abort([request.id for request in requests])
 
     def _next(self, events: queue.SimpleQueue) -> tuple[int, StreamEvent]:
         while True:

@@ -59,6 +59,8 @@ class RequestOutput:
     """One entry per output token, if asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One entry per prompt token, if asked for; the first has no predecessor and is None."""
+    choices: list[RequestOutput] = field(default_factory=list)
+    """The further generations of the same prompt, if `n` asked for more than one."""
 
 
 @dataclass(slots=True)
@@ -69,6 +71,8 @@ class StreamEvent:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
-    """The whole generation, with the last event."""
+    """Everything the request gave, with its last event."""
     error: MlxpageError | None = None
     """Why the generation ended, when the engine failed."""
+    choice: int = 0
+    """Which of the generations this is part of, if `n` asked for more than one."""

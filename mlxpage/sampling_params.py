@@ -10,6 +10,7 @@ from typing import Any
 from mlxpage.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
+MAX_CHOICES = 128
 MAX_STOPS = 32
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIASES = 1024
@@ -69,6 +70,12 @@ class SamplingParams:
     """Log-probabilities of each token and of this many of the likeliest."""
     prompt_logprobs: int | None = None
 
+    n: int = 1
+    """Generations of the prompt, which is computed once; each has its own seed, the next one's is
+    larger by one."""
+    best_of: int | None = None
+    """Generate this many and give the `n` of them whose tokens are likeliest on average."""
+
     cache_salt: str | None = None
     """Prefixes are shared with requests of the same salt only."""
 
@@ -85,6 +92,8 @@ class SamplingParams:
         _integer(self, "seed", -(2**63), 2**64 - 1, none=True)
         _integer(self, "logprobs", 0, MAX_LOGPROBS, none=True)
         _integer(self, "prompt_logprobs", 0, MAX_LOGPROBS, none=True)
+        _integer(self, "n", 1, MAX_CHOICES)
+        _integer(self, "best_of", self.n, MAX_CHOICES, none=True)
         _text(self, "cache_salt")
         _boolean(self, "ignore_eos")
         _boolean(self, "skip_special_tokens")

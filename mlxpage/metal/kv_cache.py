@@ -6,6 +6,8 @@ import operator
 from dataclasses import dataclass, field
 from types import ModuleType
 
+import numpy as np
+
 from mlxpage.errors import UnsupportedModel
 from mlxpage.metal import reference
 from mlxpage.metal.backend import mx
@@ -171,6 +173,17 @@ class KVCache:
             self._backend.Step(rows, tables, self.block_size, window)
             for tables, window in zip(rows.block_tables, self.windows, strict=True)
         ]
+        if rows.copies:
+            self._copy(rows.copies)
+
+    def _copy(self, copies: list[np.ndarray]) -> None:
+        """One layer after the other, so that what comes after the last comes after all."""
+        after = self._forward.after
+        for layer in self.layers:
+            if len(pairs := copies[layer.group]):
+                after = layer.pool.copy(pairs, after)
+        if after is not None:
+            self._forward.after = mx.concatenate([after[:8]] * (_AFTER // 8))
 
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,8 @@ class Rows:
     contexts: np.ndarray  # (S,) positions that exist after this forward
     block_tables: list[np.ndarray]  # per cache group (S, M), padded with NULL_BLOCK
     sample_rows: np.ndarray  # (R,) rows whose logits are wanted
+    copies: list[np.ndarray] = field(default_factory=list)
+    """Per cache group (C, 2): blocks that are copied, in order, before a row is written."""
 
     @property
     def num_decoding(self) -> int:

@@ -222,6 +222,15 @@ def write(
     return pool
 
 
+def copy_blocks(pool: mx.array, pairs: np.ndarray) -> mx.array:
+    """The pool after its blocks were copied, `pairs` (C, 2) of source and target in order; in
+    place as in `write`."""
+    sources, targets = mx.array(pairs[:, 0]), mx.array(pairs[:, 1])
+    # All are read before one is written: a block may be a target after it was a source.
+    pool[targets] = pool[sources]
+    return pool
+
+
 def gather(pool: mx.array, indices: mx.array) -> mx.array:
     """(S, kv_heads, M * block_size, head_dim): the blocks at `Span.head_indices` in order."""
     _, _, block_size, head_dim = pool.shape
@@ -373,6 +382,11 @@ class Pool(layout.Pool):
         reads."""
         self.k = write(self.k, k.squeeze(2), *step.slots)
         self.v = write(self.v, v.squeeze(2), *step.slots)
+
+    def copy(self, pairs: np.ndarray, after: mx.array | None) -> mx.array | None:
+        """Copies blocks (C, 2), of which none is a target before it is a source."""
+        self.k, self.v = copy_blocks(self.k, pairs), copy_blocks(self.v, pairs)
+        return after
 
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
         """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""

@@ -11,7 +11,7 @@ from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.attention import paged_attention
 from mlxpage.metal.kernels.chunks import Chunk, attend_chunk, plan_chunks
 from mlxpage.metal.kernels.launch import LEAST, padded
-from mlxpage.metal.kernels.moving import PoolKind, gather, pool_kind, write
+from mlxpage.metal.kernels.moving import PoolKind, copy_blocks, gather, pool_kind, write
 from mlxpage.metal.kernels.work import RunCost, Work, plan_work, run_cost
 from mlxpage.metal.layout import Attention, LayerSpec
 
@@ -152,6 +152,14 @@ class Pool(layout.Pool):
             k, v = k[appended:], v[appended:]
             self.fence = write(k, v, *self._inputs, step.slots(appended), self.fence)
 
+    def copy(self, pairs: np.ndarray, after: mx.array | None) -> mx.array:
+        """Copies blocks (C, 2), in order, after `after`; returns what comes after it."""
+        fence = self.fence if after is None else after
+        for independent in _independent(pairs.tolist()):
+            fence = copy_blocks(*self._inputs, np.array(independent, np.int32), fence)
+        self.fence = fence
+        return fence
+
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
         """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
         rows, width = step.row_tables.shape
@@ -180,6 +188,19 @@ class Pool(layout.Pool):
     def _most_scores(self, heads: int) -> int:
         is_fused = self.k.dtype.size == 2 and self.k.shape[3] == self.v.shape[3] in (64, 80, 128)
         return 2**40 if is_fused else max(1, reference.MAX_SCORES // heads)
+
+
+def _independent(pairs: list[list[int]]) -> list[list[list[int]]]:
+    """Cuts copies into runs in which no block is both a source and a target."""
+    runs: list[list[list[int]]] = [[]]
+    touched: set[int] = set()
+    for source, target in pairs:
+        if target in touched or source in {done for _, done in runs[-1]}:
+            runs.append([])
+            touched = set()
+        runs[-1].append([source, target])
+        touched |= {source, target}
+    return runs
 
 
 def as_input(pool: mx.array) -> mx.array:
