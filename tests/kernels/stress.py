@@ -57,6 +57,8 @@ class Outcome:
     errors: set = field(default_factory=set)  # other than those that were injected
     preemptions: int = 0
     prefill_steps: int = 0  # that gave no token
+    found: int = 0  # prompt tokens that were in the pool
+    copies: int = 0  # of blocks
 
 
 class Injected(Exception):
@@ -99,6 +101,7 @@ def cut_fences() -> Iterator[None]:
             (pool, "write", 5),
             (pool, "paged_attention", 4),
             (pool, "gather", 5),
+            (pool, "copy_blocks", 3),
             (chunks, "gather", 5),
         ):
             stack.enter_context(without(module, name, place))
@@ -117,18 +120,21 @@ def run(model: Model, backend: choice.Backend, requests: int, seed: int) -> Outc
     numbers = np.random.default_rng(seed)
     # Each serves several requests: mlx-lm takes its time with every one.
     prompts = [numbers.integers(0, 256, n).tolist() for n in numbers.integers(1, LONGEST, 40)]
+    for index in range(0, len(prompts), 2):  # half of them begin alike
+        prompts[index][:-1] = prompts[1][: len(prompts[index]) - 1]
     expected = [oracle.generate(model.module, prompt, NEW, CHUNK) for prompt in prompts]
     engine = serving.engine(model, num_blocks=NUM_BLOCKS, backend=backend, **LIMITS)
     outcome, open_requests = Outcome(), {}
 
     def add() -> None:
         which = rng.randrange(len(prompts))
-        params = SamplingParams(temperature=0, max_tokens=rng.randint(1, NEW))
-        tokens: list[int] = []
+        n = rng.choice([1, 1, 1, 2, 3])
+        params = SamplingParams(temperature=0, max_tokens=rng.randint(1, NEW), n=n)
+        tokens: list[list[int]] = [[] for _ in range(n)]
 
         def take(event) -> None:
-            tokens.extend(event.token_ids)
-            if event.finish_reason is not None:
+            tokens[event.choice].extend(event.token_ids)
+            if event.output is not None:
                 ended(open_requests.pop(number), event, tokens)
 
         number = engine.add(engine.request(prompts[which], params, take))
@@ -136,6 +142,8 @@ def run(model: Model, backend: choice.Backend, requests: int, seed: int) -> Outc
 
     def ended(request, event, tokens) -> None:
         which, params = request
+        for of_choice in tokens:
+            compare(which, of_choice)
         if event.error is not None:
             outcome.failed += 1
             if not isinstance(event.error.__cause__, Injected):
@@ -144,9 +152,8 @@ def run(model: Model, backend: choice.Backend, requests: int, seed: int) -> Outc
             outcome.aborted += 1
         else:
             outcome.served += 1
-            if len(tokens) != params.max_tokens:
-                outcome.errors.add(f"{len(tokens)} tokens of {params.max_tokens}")
-        compare(which, tokens)
+            if any(len(of_choice) != params.max_tokens for of_choice in tokens):
+                outcome.errors.add(f"{list(map(len, tokens))} tokens of {params.max_tokens}")
 
     def compare(which, tokens) -> None:
         outcome.tokens += len(tokens)
@@ -169,10 +176,12 @@ def run(model: Model, backend: choice.Backend, requests: int, seed: int) -> Outc
                     add()
             engine.step()
             outcome.prefill_steps += any(s.tokens is None for s in engine._in_flight)
+            outcome.copies += sum(len(s.schedule.copies) for s in engine._in_flight)
             engine.scheduler.check()
             if open_requests and rng.random() < 0.02:
                 engine.abort(rng.choice(list(open_requests)))
     outcome.preemptions = engine.scheduler.num_preemptions
+    outcome.found = engine.scheduler.prefix_cache.num_hit_tokens
     assert all(group.pool.num_used == 0 for group in engine.scheduler.groups), "blocks leaked"
     assert not open_requests
     engine.close()

@@ -42,7 +42,7 @@ class Tainted:
         return [mx.full(shape, value, dtype) for shape, dtype in results]
 
 
-def forward(model, position: int, count: int) -> None:
+def forward(model, position: int, count: int, copies=()) -> None:
     """Of `count` tokens of one sequence."""
     tables = np.array([[1, 2, 3]], np.int32)
     model(
@@ -53,6 +53,7 @@ def forward(model, position: int, count: int) -> None:
             contexts=np.array([position + count], np.int32),
             block_tables=[tables],
             sample_rows=np.array([count - 1], np.int32),
+            copies=[np.array(copies, np.int32)] if copies else [],
         )
     )
 
@@ -76,6 +77,44 @@ def test_a_write_waits_for_the_reads_of_every_layer_in_the_forward_before(
         # Fences are integers: the bits of what the forward came to.
         numbers = array.view(mx.float32)
         assert mx.isnan(numbers).any().item(), "computed from what the layer has read"
+
+
+@pytest.mark.parametrize("count", [1, 9], ids=["a decode", "a chunk"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_copy_waits_for_the_forward_before_and_every_write_for_the_copies(
+    model, monkeypatch, layer, count
+):
+    cache = KVCache(model.specs, [3], 16, kernels)
+    pool = cache.layers[layer].pool.inputs()[0]
+    begun_after, written_after = [], []
+
+    def run(launch, *inputs):
+        value = 0.0
+        if launch.name == "copy_blocks":
+            begun_after.append(inputs[-1])
+            value = float("nan") if inputs[0] is pool else inputs[-1].view(mx.float32).sum()
+        elif launch.name == "write_kv" or dict(launch.template).get("APPEND"):
+            written_after.append(inputs[-1])
+        shapes = zip(launch.output_shapes, launch.output_dtypes, strict=True)
+        return [
+            mx.full(shape, value).view(dtype) if dtype == mx.int32 else mx.zeros(shape, dtype)
+            for shape, dtype in shapes
+        ]
+
+    monkeypatch.setattr(Launch, "__call__", run)
+    model.bind(cache)
+    try:
+        forward(model, 0, 10)
+        before = cache.after
+        written_after.clear()
+        forward(model, 10, count, copies=[(3, 2), (1, 3)])
+    finally:
+        model.bind(None)
+    # In two launches a layer: block 3 is read before it is written.
+    assert len(begun_after) == 2 * len(cache.layers) and begun_after[0] is before
+    assert len(written_after) == len(cache.layers)
+    for array in written_after:
+        assert mx.isnan(array.view(mx.float32)).any().item(), "it doesn't wait for the copies"
 
 
 # -- of compiled forwards, whose launches a trace has made once --
