@@ -226,8 +226,11 @@ def copy_blocks(pool: mx.array, pairs: np.ndarray) -> mx.array:
     """The pool after its blocks were copied, `pairs` (C, 2) of source and target in order; in
     place as in `write`."""
     sources, targets = mx.array(pairs[:, 0]), mx.array(pairs[:, 1])
-    # All are read before one is written: a block may be a target after it was a source.
-    pool[targets] = pool[sources]
+    # All are read before one is written: a block may be a target after it was a source. And they
+    # have been read, or what is still to be read would hold the pool.
+    taken = pool[sources]
+    mx.eval(taken)
+    pool[targets] = taken
     return pool
 
 

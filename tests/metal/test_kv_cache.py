@@ -309,7 +309,8 @@ def test_k_and_v_fetched_again_are_the_same():
 
 # -- memory --
 
-PARAMS = SamplingParams(temperature=0, max_tokens=200)
+# Two of each, so that blocks are copied too.
+PARAMS = SamplingParams(temperature=0, max_tokens=200, n=2)
 PROMPTS = [list(range(n)) for n in (3, 60, 100, 17)]
 
 
