@@ -102,25 +102,26 @@ class Engine:
         """
         params = params.with_defaults(self.defaults)
         self._check_tokens(prompt, params)
-        choices = [
-            self._choice(index, prompt, of_choice, priority)
-            for index, of_choice in enumerate(_params_of_choices(params))
-        ]
+        choices = []
+        for index, of_choice in enumerate(_params_of_choices(params)):
+            options = self._options(len(prompt), of_choice, priority)
+            seq = Sequence(next(self._ids), prompt, of_choice, **options)
+            choices.append(self._choice(index, seq))
         first, *others = (choice.seq for choice in choices)
         first.forks = others
         self.scheduler.check_capacity(first)
         return Request(params, choices, on_event)
 
-    def _choice(self, index: int, prompt: list[int], params: SamplingParams, priority: int):
+    def _options(self, prompt: int, params: SamplingParams, priority: int) -> dict[str, Any]:
         eos = frozenset() if params.ignore_eos else self._eos
-        seq = Sequence(
-            next(self._ids),
-            prompt,
-            params,
-            max_length=self._max_length(len(prompt), params.max_tokens),
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
-            priority=priority,
-        )
+        return {
+            "max_length": self._max_length(prompt, params.max_tokens),
+            "stop_token_ids": eos | frozenset(params.stop_token_ids),
+            "priority": priority,
+        }
+
+    def _choice(self, index: int, seq: Sequence) -> Choice:
+        params = seq.params
         text_stream = self.tokenizer.stream(params.stop, params.skip_special_tokens)
         return Choice(index, seq, text_stream, Timings(arrived=time.perf_counter()))
 
@@ -159,16 +160,64 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queues a request; its events come from `step`. Returns its id."""
+        self._begin(request, lambda: self.scheduler.add(request.choices[0].seq))
+        return request.id
+
+    def _begin(self, request: Request, start: Callable[[], None]) -> None:
         seed = request.params.seed
         seed = self._seeds.getrandbits(64) if seed is None else seed
         for choice in request.choices:
             # A choice is what its seed gives alone.
             of_choice = (seed + choice.index) % 2**64
             choice.seq.params = replace(choice.seq.params, seed=of_choice)
-        self.scheduler.add(request.choices[0].seq)
+        start()
         for choice in request.choices:
             self._choices[choice.seq.id] = request, choice
-        return request.id
+
+    def fork(
+        self,
+        request_id: int,
+        params: SamplingParams | None,
+        on_event: Callable[[StreamEvent], None],
+    ) -> Request:
+        """Branches a request that is being served: another one with the same prompt and the same
+        tokens so far, in the same blocks, that goes on with params and a seed of its own.
+
+        Without `params` they are those of the first, but for the seed. `max_tokens` counts from the
+        prompt on. Only what is new comes as events; the output has everything.
+        Raises InvalidRequest if the request has ended, has several choices, or can't go on so.
+        """
+        if request_id not in self._choices:
+            raise InvalidRequest(
+                f"request {request_id} has ended or was never added. Give its tokens as a prompt: "
+                "what is still cached of them isn't computed again."
+            )
+        parent, choice = self._choices[request_id]
+        params = self._params_of_fork(parent, params)
+        tokens = choice.seq.token_ids
+        self._check_tokens(tokens, params)
+        options = self._options(choice.seq.num_prompt_tokens, params, choice.seq.priority)
+        if len(tokens) >= options["max_length"]:
+            raise InvalidRequest(
+                f"max_tokens is {params.max_tokens} and the request has "
+                f"{choice.seq.num_output_tokens} tokens already: nothing is left to generate"
+            )
+        seq = choice.seq.fork(next(self._ids), params, **options)
+        fork = Request(params, [self._choice(0, seq)], on_event)
+        fork.choices[0].take_over(choice)
+        self._begin(fork, lambda: self.scheduler.fork(choice.seq, seq))
+        return fork
+
+    def _params_of_fork(self, parent: Request, params: SamplingParams | None) -> SamplingParams:
+        if params is None:
+            params = replace(parent.params, seed=None)
+        params = params.with_defaults(self.defaults)
+        if len(parent.choices) > 1 or params.n > 1 or params.best_of:
+            raise InvalidRequest("only a request with n=1 can be forked, into one with n=1")
+        if params.logprobs is not None and parent.params.logprobs is None:
+            raise InvalidRequest("a fork has logprobs only if the request has them from the start")
+        # The blocks are the same, and so are the log-probabilities of the prompt.
+        return replace(params, cache_salt=parent.params.cache_salt, prompt_logprobs=None)
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with what it has so far; does nothing if it has ended already."""

@@ -146,13 +146,15 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
-    ) -> Iterator[StreamEvent]:
+    ) -> Generation:
         """A generation as it comes. Leaving the loop ends it. For a conversation, give
         `chat_prompt(messages)`. With `n` in its params, events say which `choice` they are of."""
         if not _is_prompt(prompt):
             raise InvalidRequest("stream takes one prompt, a text or a list of token ids")
-        events = self.stream_many([prompt], params, priority=priority)
-        return (event for _, event in events)
+        (params,) = _each(params, 1)
+        _check_streamed(params)
+        requests, events = self._requests([prompt], [params], priority)
+        return Generation(self, requests[0].id, self._follow(requests, events))
 
     def stream_many(
         self,
@@ -165,11 +167,7 @@ class LLM:
         prompts = _many(prompts)
         params = _each(params, len(prompts))
         for given in params:
-            if (given.best_of or 0) > given.n:
-                raise InvalidRequest(
-                    f"best_of is {given.best_of} and n is {given.n}: which are best is known when "
-                    "all have ended. Use generate, or leave best_of out."
-                )
+            _check_streamed(given)
         return self._events(prompts, params, priority)
 
     def _run(self, prompts, params, priority) -> list[RequestOutput]:
@@ -180,6 +178,9 @@ class LLM:
         return outputs
 
     def _events(self, prompts, params, priority) -> Iterator[tuple[int, StreamEvent]]:
+        return self._follow(*self._requests(prompts, params, priority))
+
+    def _requests(self, prompts, params, priority):
         _integer("priority", priority)
         self._check_open()
         events: queue.SimpleQueue[tuple[int, StreamEvent]] = queue.SimpleQueue()
@@ -192,12 +193,27 @@ class LLM:
             )
             for index, (prompt, given) in enumerate(zip(prompts, params, strict=True))
         ]
-        return self._follow(requests, events)
+        return requests, events
 
-    def _follow(self, requests, events) -> Iterator[tuple[int, StreamEvent]]:
+    def _fork(self, request_id: int, params: SamplingParams | None) -> Generation:
+        self._check_open()
+        events: queue.SimpleQueue[tuple[int, StreamEvent]] = queue.SimpleQueue()
+
+        def fork(engine):
+            return engine.fork(request_id, params, lambda event: events.put((0, event)))
+
+        request = self._thread.call(fork).result()
+        following = self._follow([request], events, has_begun=True)
+        next(following)
+        return Generation(self, request.id, following)
+
+    def _follow(self, requests, events, *, has_begun=False) -> Iterator[tuple[int, StreamEvent]]:
         unfinished = len(requests)
         try:
-            self._thread.call(lambda engine: [engine.add(r) for r in requests]).result()
+            if has_begun:
+                yield  # from here on, whoever drops this ends the requests
+            else:
+                self._thread.call(lambda engine: [engine.add(r) for r in requests]).result()
             while unfinished:
                 index, event = self._next(events)
                 if event.error is not None:
@@ -253,6 +269,42 @@ class LLM:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class Generation:
+    """What `LLM.stream` gives: the events of one generation, as they come."""
+
+    def __init__(self, llm: LLM, request_id: int, events: Iterator[tuple[int, StreamEvent]]):
+        self._llm, self._request_id, self._events = llm, request_id, events
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> StreamEvent:
+        return next(self._events)[1]
+
+    def close(self) -> None:
+        """Ends it, if it hasn't ended."""
+        self._events.close()
+
+    def fork(self, params: SamplingParams | None = None) -> Generation:
+        """A second generation with the same prompt and the tokens so far, which goes its own way.
+
+        The two share their blocks; nothing is computed twice or copied but the last of them.
+        Without `params` they are those of this one, but for the seed. `max_tokens` counts from the
+        prompt on. The fork's events bring what is new in it, its output everything.
+
+        Raises InvalidRequest if this one hasn't begun or has ended, or has several choices.
+        """
+        return self._llm._fork(self._request_id, params)
+
+
+def _check_streamed(params: SamplingParams) -> None:
+    if (params.best_of or 0) > params.n:
+        raise InvalidRequest(
+            f"best_of is {params.best_of} and n is {params.n}: which are best is known when all "
+            "have ended. Use generate, or leave best_of out."
+        )
 
 
 def check_options(

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import RequestOutput, StreamEvent, Timings, TokenLogprobs
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.sequence import Sequence
@@ -22,6 +23,14 @@ class Choice:
     timings: Timings
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def take_over(self, other: Choice) -> None:
+        """What has come of another one, whose tokens this one has too."""
+        for token in self.seq.output_token_ids:
+            self.text += self.text_stream.add(token)
+        if self.text_stream.stopped:
+            raise InvalidRequest(f"the text so far holds a stop string already: {self.text!r:.80}")
+        self.logprobs = list(other.logprobs)
 
     @property
     def mean_logprob(self) -> float:

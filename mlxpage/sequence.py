@@ -82,6 +82,14 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
 
+    def fork(self, id: int, params: SamplingParams, *, max_length: int, **options) -> Sequence:
+        """Another sequence with the tokens that are known of this one, to go its own way."""
+        prompt = self.token_ids[: self.num_prompt_tokens]
+        child = Sequence(id, prompt, params, max_length=max_length, **options)
+        child.token_ids = list(self.token_ids)
+        child.num_tokens = len(child.token_ids)
+        return child
+
     def __len__(self) -> int:
         return self.num_tokens
 

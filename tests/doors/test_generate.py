@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_folder as tiny
 
-from mlxpage import InvalidRequest, SamplingParams
+from mlxpage import LLM, InvalidRequest, SamplingParams
 from mlxpage.metal.backend import mlx_lm_utils, mx
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -305,6 +305,91 @@ def test_stream_many_says_whose_event_it_is(llm):
 def test_stream_takes_one_prompt(llm):
     with pytest.raises(InvalidRequest, match="one prompt"):
         llm.stream(["a", "b"])
+
+
+# -- several generations of a prompt --
+
+SEVERAL = SamplingParams(temperature=5, max_tokens=12, seed=1, ignore_eos=True, n=3)
+
+
+def test_n_gives_the_further_generations_as_choices(llm):
+    output = llm.generate("abc", SEVERAL)
+    assert len(output.choices) == 2 and not output.choices[0].choices
+    singly = [llm.generate("abc", changed(SEVERAL, n=1, seed=seed)) for seed in (1, 2, 3)]
+    assert [output.text, *(choice.text for choice in output.choices)] == [o.text for o in singly]
+
+
+def test_a_stream_of_several_says_which_one_an_event_is_of(llm):
+    texts = [""] * 3
+    for event in llm.stream("abc", SEVERAL):
+        texts[event.choice] += event.text
+    output = event.output
+    assert texts == [output.text, *(choice.text for choice in output.choices)]
+
+
+def test_a_stream_can_not_know_the_best_ones(llm):
+    params = changed(SEVERAL, best_of=5)
+    with pytest.raises(InvalidRequest, match="best_of is 5 and n is 3"):
+        llm.stream("abc", params)
+    with pytest.raises(InvalidRequest, match="best_of is 5 and n is 3"):
+        llm.stream_many(["abc"], params)
+    assert len(llm.generate("abc", params).choices) == 2
+
+
+LONG = SamplingParams(temperature=5, max_tokens=200, seed=1, ignore_eos=True)
+
+
+def test_a_stream_can_be_forked(llm):
+    stream = llm.stream("abc", LONG)
+    first = [next(stream) for _ in range(5)]
+    same, other = stream.fork(LONG), stream.fork()
+    events = [*first, *stream]
+    whole = events[-1].output
+    # By now it may be further than what was read of it.
+    for fork in (same, other):
+        *_, last = fork
+        assert last.output.token_ids[:5] == whole.token_ids[:5]
+        assert len(last.output.token_ids) == 200
+        assert (last.output.token_ids == whole.token_ids) == (fork is same)
+    with pytest.raises(InvalidRequest, match="has ended or was never added"):
+        stream.fork()
+
+
+def test_a_fork_that_is_dropped_ends(llm):
+    stream = llm.stream("abc", LONG)
+    next(stream)
+    fork = stream.fork()
+    del fork
+    stream.close()
+    assert llm.stats()["running"] == 0
+
+
+def test_a_stream_that_has_not_begun_can_not_be_forked(llm):
+    with pytest.raises(InvalidRequest, match="has ended or was never added"):
+        llm.stream("abc", LONG).fork()
+
+
+# -- prefixes --
+
+
+def test_a_prompt_that_was_there_is_found(llm):
+    prompt = list(range(50))
+    llm.generate(prompt, PLAIN)
+    before = llm.stats()["prefix_cache"]
+    assert llm.generate(prompt, PLAIN).num_cached_tokens == 48
+    after = llm.stats()["prefix_cache"]
+    assert after["hit_tokens"] - before["hit_tokens"] == 48
+    assert after["queried_tokens"] - before["queried_tokens"] == 50
+    salted = changed(PLAIN, cache_salt="mine")
+    assert llm.generate(prompt, salted).num_cached_tokens == 0
+    assert llm.generate(prompt, salted).num_cached_tokens == 48
+
+
+def test_without_the_cache_nothing_is_found(tiny_folder):
+    with LLM(tiny_folder, prefix_cache=False) as llm:
+        for _ in range(2):
+            assert llm.generate(list(range(50)), PLAIN).num_cached_tokens == 0
+        assert llm.stats()["prefix_cache"] is None
 
 
 def test_timings_are_in_order(llm):
