@@ -11,12 +11,15 @@ from mlxpage.sequence import Sequence
 
 
 class PrefixCache:
-    """Finds full blocks by their tokens, and all tokens before them.
+    """Finds blocks by their tokens, and all tokens before them.
 
     A block's key is the digest of the key before it, then the block's own tokens as they are: to
     find a key is to compare token by token. A chain of keys begins with the sequence's salt, and
     nobody finds what was computed under another one. What is cached stays in its place, with the
     sequences that use it or in the free queue, until the pool needs the block.
+
+    Full blocks are shared. The last block of a sequence that has ended, which is not full, is its
+    tail: who has the same tokens takes a copy, and goes on in that.
     """
 
     def __init__(self, groups: list[CacheGroup]):
@@ -51,6 +54,34 @@ class PrefixCache:
             tables.append([NULL_BLOCK] * first + found)
         return tables
 
+    def match_tail(self, seq: Sequence) -> tuple[int, list[int]]:
+        """How many tokens a cached tail has that go on where the full blocks of `seq` end, and its
+        block in each group; 0 tokens if there's none."""
+        start = seq.num_committed_blocks * self._block_size
+        longest = min(self._block_size, len(seq.token_ids) - start) - 1
+        if longest > 0:
+            digest = _digest(seq, self._keys(seq, seq.num_committed_blocks))
+            tokens = array("i", seq.token_ids[start : start + longest]).tobytes()
+            for length in range(longest, 0, -1):
+                key = digest + tokens[: 4 * length]
+                blocks = [group.pool.find(key) for group in self._groups]
+                if None not in blocks:
+                    return length, blocks
+        return 0, []
+
+    def commit_tail(self, seq: Sequence) -> None:
+        """Makes the last block of a sequence that gives its blocks back known, if it isn't full."""
+        known = min(seq.num_computed_tokens, len(seq.token_ids))
+        full, length = divmod(known, self._block_size)
+        if length == 0 or seq.num_committed_blocks != full:
+            return
+        tokens = array("i", seq.token_ids[known - length : known])
+        key = _digest(seq, self._keys(seq, full)) + tokens.tobytes()
+        for group, table in zip(self._groups, seq.block_tables, strict=True):
+            # Not the block of somebody else as well, who goes on in it.
+            if group.pool.is_private(table[full]):
+                group.pool.cache(table[full], key)
+
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """Makes the full blocks of the first `num_tokens` tokens known, if all of their tokens
         are; the step that computes them has been planned at least."""
@@ -79,8 +110,13 @@ class PrefixCache:
         """Of its first blocks, `count` of them."""
         keys, size = seq.block_keys, self._block_size
         for index in range(len(keys), count):
-            # Hashed before the hash, the salt can't be taken for a key.
-            parent = keys[-1] if keys else sha256((seq.params.cache_salt or "").encode()).digest()
             tokens = array("i", seq.token_ids[index * size : (index + 1) * size])
-            keys.append(sha256(parent).digest() + tokens.tobytes())
+            keys.append(_digest(seq, keys) + tokens.tobytes())
         return keys[:count]
+
+
+def _digest(seq: Sequence, keys: list[bytes]) -> bytes:
+    """What the key after `keys` begins with."""
+    # Hashed before the hash, the salt can't be taken for a key.
+    parent = keys[-1] if keys else sha256((seq.params.cache_salt or "").encode()).digest()
+    return sha256(parent).digest()

@@ -6,6 +6,7 @@ import heapq
 from bisect import insort
 from dataclasses import dataclass, field
 
+from mlxpage.block_pool import BlockPool
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import FinishReason
@@ -82,6 +83,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Sorted in the order of service: the last one is preempted first."""
         self.num_preemptions = 0
+        self._sources: list[tuple[BlockPool, int]] = []
+        """Cached blocks that the step under way copies: nobody may get them before."""
 
     @property
     def has_work(self) -> bool:
@@ -127,12 +130,17 @@ class Scheduler:
         for part in schedule.scheduled:
             if part.samples and part.seq.forks:
                 self._branch_off(part.seq, schedule)
+        for pool, block in self._sources:
+            pool.free([block])
+        self._sources.clear()
         return schedule
 
     def _continue_running(self, schedule: Schedule) -> None:
         for seq in self.running:
             self._commit(seq)
-        self._give_back()
+        # The step that still read it has been planned.
+        for seq in self.running:
+            self._give_back(seq)
         running = self.running
         budget = self.max_num_batched_tokens
         index = 0
@@ -154,14 +162,15 @@ class Scheduler:
             if not budget or seq.num_pending:
                 break
             self._take_cached(seq)
-            granted = self._grant(seq, budget, schedule)
-            if not granted or not self._fits(seq):
+            if not self._grant(seq, budget, schedule) or not self._fits(seq):
                 self._release(seq)
                 break
             heapq.heappop(self.waiting)
             seq.status = Status.RUNNING
             insort(running, seq)
+            self._take_tail(seq, schedule)
             self._count_cached(seq)
+            granted = self._grant(seq, budget, schedule)
             self._grow(seq, granted)
             self._plan(schedule, seq, granted)
 
@@ -250,6 +259,24 @@ class Scheduler:
         seq.num_committed_blocks = len(seq.block_tables[0])
         seq.num_computed_tokens = seq.num_committed_blocks * self.groups[0].block_size
 
+    def _take_tail(self, seq: Sequence, schedule: Schedule) -> None:
+        """Lets `seq` go on in a copy of a cached tail, if there is one, and room for it and all
+        that `seq` will want."""
+        if self.prefix_cache is None or seq.is_scored:
+            return
+        num_tokens, sources = self.prefix_cache.match_tail(seq)
+        pairs = list(zip(self.groups, seq.block_tables, strict=True))
+        end = min(seq.num_tokens, seq.num_computed_tokens + self.max_num_batched_tokens)
+        if not num_tokens or any(g.pool.num_free <= g.missing(table, end) for g, table in pairs):
+            return
+        for index, ((group, table), source) in enumerate(zip(pairs, sources, strict=True)):
+            group.pool.share([source])
+            self._sources.append((group.pool, source))
+            group.grow(table, 1)
+            schedule.copies.append((index, source, table[-1]))
+        seq.num_computed_tokens += num_tokens
+        self._give_back(seq)
+
     def _count_cached(self, seq: Sequence) -> None:
         if self.prefix_cache is not None and seq.num_preemptions == 0:
             seq.num_cached_tokens = seq.num_computed_tokens
@@ -269,12 +296,11 @@ class Scheduler:
 
     # -- blocks --
 
-    def _give_back(self) -> None:
-        """Frees what has left the windows; the step that still read it has been planned."""
-        for index, group in enumerate(self.groups):
+    def _give_back(self, seq: Sequence) -> None:
+        """Frees what has left the windows."""
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
             if group.window is not None:
-                for seq in self.running:
-                    group.give_back(seq.block_tables[index], seq.num_computed_tokens)
+                group.give_back(table, seq.num_computed_tokens)
 
     def _make_room(self, seq: Sequence, granted: int, schedule: Schedule) -> bool:
         """Gives `seq` the blocks for its next tokens, preempting the newest sequences if it must;
@@ -304,12 +330,19 @@ class Scheduler:
                 group.grow(table, missing)
 
     def _preempt(self, seq: Sequence, schedule: Schedule) -> None:
-        self._release(seq)
+        self._give_up(seq)
         seq.num_preemptions += 1
         seq.status = Status.WAITING
         heapq.heappush(self.waiting, seq)
         schedule.preempted.append(seq)
         self.num_preemptions += 1
+
+    def _give_up(self, seq: Sequence) -> None:
+        """Releases the blocks of `seq`, which others, or itself, may find again."""
+        if self.prefix_cache is not None and seq.num_computed_tokens:
+            self._commit(seq)
+            self.prefix_cache.commit_tail(seq)
+        self._release(seq)
 
     def _release(self, seq: Sequence) -> None:
         for group, table in zip(self.groups, seq.block_tables, strict=True):
@@ -374,8 +407,7 @@ class Scheduler:
             self._forget_finished()
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
-        self._commit(seq)
-        self._release(seq)
+        self._give_up(seq)
         seq.status = Status.FINISHED
         seq.finish_reason = reason
 

@@ -31,9 +31,10 @@ def run_one(world: World, request: Request) -> Sequence:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"), [(3, 0), (4, 0), (5, 4), (16, 12), (17, 16), (18, 16)]
+    ("prompt", "found"), [(3, 0), (4, 0), (5, 4), (16, 12), (17, 16), (18, 16), (19, 18), (25, 18)]
 )
-def test_full_blocks_are_found_and_the_last_token_is_computed(prompt, found):
+def test_blocks_are_found_and_the_last_token_is_computed(prompt, found):
+    """Full blocks, and the tail of two tokens."""
     world = make_world()
     run_one(world, alike(18))
     assert run_one(world, alike(prompt)).num_cached_tokens == found
@@ -43,6 +44,28 @@ def test_what_differs_in_one_token_is_computed():
     world = make_world()
     run_one(world, alike(20))
     assert run_one(world, Request(prompt=20, new=1, common=11)).num_cached_tokens == 8
+
+
+def test_the_next_turn_of_a_conversation_goes_on_in_a_copy_of_the_tail():
+    world = make_world(windows=[None, 6])
+    first = run_one(world, alike(17, new=10))
+    # The last output was never fed: 26 tokens have K and V, two of them in a block that isn't full.
+    turn = Request(prompt=40, new=4, earlier=tuple(first.token_ids))
+    seqs = [world.add(turn), world.add(turn)]
+    plan = world.step()
+    assert [seq.num_cached_tokens for seq in seqs] == [26, 26]
+    assert [copy[0] for copy in plan.copies] == [0, 1, 0, 1]
+    assert len({target for group, _, target in plan.copies if group == 0}) == 2
+    world.run()
+
+
+def test_a_tail_is_taken_only_if_there_is_room_for_all_that_comes_after():
+    world = make_world(num_blocks=8)
+    run_one(world, alike(18))  # four full blocks and a tail
+    # All eight blocks, the tail's own among them.
+    assert run_one(world, alike(31)).num_cached_tokens == 16
+    assert world.num_copies == 0
+    assert run_one(world, alike(31)).num_cached_tokens == 28
 
 
 def test_requests_of_one_step_share_what_the_first_of_them_computes():
@@ -98,10 +121,10 @@ def test_the_longest_unused_blocks_go_first_and_of_a_prompt_its_tail():
     world = make_world(num_blocks=12)
     run_one(world, alike(17, family=0))  # four full blocks
     run_one(world, alike(17, family=1))
-    run_one(world, Request(prompt=24, new=1))  # needs six: four are empty
+    run_one(world, Request(prompt=24, new=1))  # needs six: two are empty
     cache = world.scheduler.prefix_cache
-    assert cache.num_evictions == 2
-    for family, left in ((0, 2), (1, 4)):
+    assert cache.num_evictions == 4  # the first one's tail, and three of its blocks
+    for family, left in ((0, 1), (1, 4)):
         like = Sequence(99, [1000 + family] * 17, SamplingParams(), max_length=99)
         assert len(cache.match(like)[0]) == left
 

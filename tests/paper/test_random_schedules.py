@@ -4,7 +4,7 @@
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -101,13 +101,25 @@ def serve(load: Load) -> World:
     for step in range(last + 1):
         for arrival, request in load.arrivals:
             if arrival == step:
-                world.add(request)
+                world.add(continued(world, request))
         abort(world, load, step, after_planning=False)
         plan = world.plan()
         abort(world, load, step, after_planning=True)
         world.deliver(plan)
     world.run()
     return world
+
+
+def continued(world: World, request: Request) -> Request:
+    """The next turn of a conversation, if the request wants to be one, there is one that has ended
+    with the same salt, and it isn't too long."""
+    if request.family == 0:
+        return request
+    for seq, earlier in zip(world.sequences, world.requests, strict=True):
+        tokens = tuple(seq.token_ids)
+        if seq.finish_reason and earlier.salt == request.salt and len(tokens) < request.prompt:
+            return replace(request, earlier=tokens)
+    return request
 
 
 def abort(world: World, load: Load, step: int, after_planning: bool) -> None:

@@ -33,10 +33,16 @@ class Request:
     salt: str | None = None
     forks: int = 0
     first_output: int = 10
+    earlier: tuple[int, ...] = ()
+    """Tokens that the prompt begins with, instead of the common ones."""
 
     def prompt_tokens(self, id: int) -> list[int]:
         return [
-            COMMON + self.family if index < self.common else OWN + id
+            self.earlier[index]
+            if index < len(self.earlier)
+            else COMMON + self.family
+            if index < self.common
+            else OWN + id
             for index in range(self.prompt)
         ]
 
@@ -256,10 +262,9 @@ class World:
     def check_start(self, part) -> None:
         """A life begins with what it found, and goes on without a gap."""
         seq, life = part.seq, self.life(part.seq)
+        # A fork goes on where its parent was; only the last token is computed again.
         is_fork = seq.id in self.parents and part.start == len(seq.token_ids) - 1
         if life not in self.num_fed and (is_fork or self.scheduler.prefix_cache is not None):
-            # A fork goes on where its parent was; only the last token is computed again.
-            assert is_fork or part.start % self.scheduler.groups[0].block_size == 0
             assert part.start == 0 or seq.params.prompt_logprobs is None
             assert part.start <= len(seq.token_ids) - 1, "nothing left to compute"
             if seq.num_preemptions == 0:
