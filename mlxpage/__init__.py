@@ -13,6 +13,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BeamSearchParams": "sampling_params",
     "LLM": "llm",
     "EngineError": "errors",
     "InvalidModel": "errors",

@@ -67,7 +67,7 @@ class Engine:
             self.defaults["top_k"] = min(self.defaults["top_k"], self._vocab_size)
         self._context_length = model.context_length or 2**31
         # A tokenizer may end texts by a token that its model doesn't have.
-        self._eos = frozenset(i for i in tokenizer.eos_token_ids if self._is_token(i))
+        self.eos_token_ids = frozenset(i for i in tokenizer.eos_token_ids if self._is_token(i))
         self._new_pool()
         groups = [
             CacheGroup(blocks, plan.block_size, window)
@@ -113,7 +113,7 @@ class Engine:
         return Request(params, choices, on_event)
 
     def _options(self, prompt: int, params: SamplingParams, priority: int) -> dict[str, Any]:
-        eos = frozenset() if params.ignore_eos else self._eos
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
         return {
             "max_length": self._max_length(prompt, params.max_tokens),
             "stop_token_ids": eos | frozenset(params.stop_token_ids),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
+from mlxpage.beam_search import Beam, BeamSearch, Likeliest, carry_out
 from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.outputs import RequestOutput, StreamEvent
-from mlxpage.sampling_params import SamplingParams
+from mlxpage.sampling_params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
@@ -133,6 +136,91 @@ class LLM:
             return self._run([prompts], _each(params, 1), priority)[0]
         prompts = _many(prompts)
         return self._run(prompts, _each(params, len(prompts)), priority)
+
+    @overload
+    def beam_search(
+        self, prompts: Prompt, params: BeamSearchParams | None = None, *, priority: int = 0
+    ) -> RequestOutput: ...
+
+    @overload
+    def beam_search(
+        self,
+        prompts: list[str] | list[list[int]],
+        params: BeamSearchParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> list[RequestOutput]: ...
+
+    def beam_search(self, prompts, params=None, *, priority=0):
+        """The likeliest continuations that a beam search finds: the best one, with the others as
+        its `choices`, each with the log-probabilities of its tokens.
+
+        Prompts are as in `generate`. Beams share the blocks of what they have in common; a step
+        computes one token of each as long as the pool keeps what is theirs, which takes
+        `prefix_cache`.
+        """
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequest(f"params are BeamSearchParams, not {_type(params)}")
+        if _is_prompt(prompts):
+            return self._search([prompts], params, priority)[0]
+        return self._search(_many(prompts), params, priority)
+
+    def _search(self, prompts, params: BeamSearchParams, priority) -> list[RequestOutput]:
+        ends = set() if params.ignore_eos else set(self._engine.eos_token_ids)
+        ends.update(params.stop_token_ids)
+        if params.beam_width + len(ends) > MAX_LOGPROBS:
+            raise InvalidRequest(
+                f"beam_width is {params.beam_width} and there are {len(ends)} end and stop tokens; "
+                f"together they may be {MAX_LOGPROBS}"
+            )
+        searches = [self._beam_search(self._token_ids(prompt), params, ends) for prompt in prompts]
+        step = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            logprobs=params.beam_width + len(ends),
+            ignore_eos=True,
+            cache_salt=params.cache_salt,
+        )
+        firsts: list[RequestOutput] = []
+
+        def after(sequences: list[list[int]]) -> list[Likeliest]:
+            outputs = self._run(sequences, [step] * len(sequences), priority)
+            firsts.extend(() if firsts else outputs)
+            return [output.logprobs[0].top for output in outputs]
+
+        carry_out(searches, after)
+        pairs = zip(searches, firsts, strict=True)
+        return [self._found(search, first, params) for search, first in pairs]
+
+    def _beam_search(self, prompt, params: BeamSearchParams, ends: set[int]) -> BeamSearch:
+        whole = SamplingParams(max_tokens=params.max_tokens, stop_token_ids=params.stop_token_ids)
+        # Refuses what can't be served before the first step.
+        request = self._engine.request(prompt, whole, lambda event: None)
+        max_tokens = request.choices[0].seq.max_length - len(prompt)
+        return BeamSearch(prompt, params, ends, max_tokens)
+
+    def _found(self, search: BeamSearch, first: RequestOutput, params) -> RequestOutput:
+        """`first` is what the first step gave."""
+        timings = replace(first.timings, finished=time.perf_counter())
+        best, *others = (
+            replace(
+                first,
+                text=self._text(beam, params.skip_special_tokens),
+                token_ids=beam.token_ids,
+                finish_reason=beam.finish_reason,
+                timings=timings,
+                logprobs=beam.logprobs,
+            )
+            for beam in search.finished
+        )
+        best.choices = others
+        return best
+
+    def _text(self, beam: Beam, skip_special_tokens: bool) -> str:
+        stream = self.tokenizer.stream((), skip_special_tokens)
+        shown = beam.token_ids[:-1] if beam.finish_reason == "stop" else beam.token_ids
+        return "".join(map(stream.add, shown)) + stream.finish()
 
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, priority: int = 0

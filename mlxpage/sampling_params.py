@@ -112,6 +112,36 @@ class SamplingParams:
         return replace(self, **{name: defaults.get(name, NEUTRAL[name]) for name in unset})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """How wide and how long `LLM.beam_search` looks. Raises `InvalidRequest` for a value out of
+    range."""
+
+    beam_width: int = 4
+    """Beams that are carried on, and results."""
+    max_tokens: int = 64
+    length_penalty: float = 1.0
+    """Results are ranked by cumulative log-probability / length ** length_penalty: above 0 favours
+    long ones."""
+    early_stopping: bool = False
+    """End with the first `beam_width` results; otherwise when no beam can become a better one."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    cache_salt: str | None = None
+    """As in `SamplingParams`."""
+
+    def __post_init__(self) -> None:
+        _integer(self, "beam_width", 1, MAX_LOGPROBS)
+        _integer(self, "max_tokens", 1, 2**31 - 1)
+        _number(self, "length_penalty", -10, 10)
+        _boolean(self, "early_stopping")
+        _boolean(self, "ignore_eos")
+        _boolean(self, "skip_special_tokens")
+        _text(self, "cache_salt")
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+
+
 def _number(params, name: str, low: float, high: float, *, none=False, above=False) -> None:
     value = getattr(params, name)
     if none and value is None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import its own layer and those that its layer stands on; a folder counts as one name.
 MODULES = {
     "common": {"errors", "sampling_params", "outputs", "blas", "model_store"},
-    "paper": {"block_pool", "cache_group", "prefix_cache", "sequence", "scheduler"},
+    "paper": {"beam_search", "block_pool", "cache_group", "prefix_cache", "sequence", "scheduler"},
     "metal": {"metal"},
     "hall": {"batch", "request", "text", "engine", "engine_thread"},
     "doors": {"llm", "async_engine", "describe", "cli", "__main__", "__init__"},
