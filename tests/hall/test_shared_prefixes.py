@@ -1,8 +1,8 @@
 """Prompts that begin alike share blocks, and generate what they generate alone.
 
-Random cases: prompts on a few common beginnings come in waves, in chunks of any size, into pools
-that are too small for all of them. Greedy tokens have to be those of an engine without a prefix
-cache, but where the two best logits lie within rounding of each other.
+Random cases: prompts on a few common beginnings come in waves, once or several times each, in
+chunks of any size, into pools that are too small for all of them. Greedy tokens have to be those of
+an engine without a prefix cache, but where the two best logits lie within rounding of each other.
 """
 
 import functools
@@ -60,6 +60,7 @@ class Case:
         ]
         self.waves = [[prompt or [1] for prompt in wave] for wave in self.waves]
         self.new = rng.choice([rng.randint(1, 20), rng.randint(30, most_new)])
+        self.n = rng.choice([1, 1, 1, 2, 3])
         self.block_size = rng.choice([16, 16, 32])
         need = [-(-(len(prompt) + self.new) // self.block_size) for w in self.waves for prompt in w]
         seqs = rng.randint(1, 5)
@@ -74,7 +75,8 @@ class Case:
         engine = serving.engine(
             model, block_size=self.block_size, prefix_cache=prefix_cache, **limits
         )
-        params = SamplingParams(temperature=0, max_tokens=self.new, logprobs=2)
+        n = self.n if prefix_cache else 1
+        params = SamplingParams(temperature=0, max_tokens=self.new, logprobs=2, n=n)
         outputs = [out for wave in self.waves for out in serving.serve(engine, wave, params)]
         return engine, outputs
 
@@ -86,11 +88,15 @@ def compare(model, text, seeds, *, longest=90, most_new=60) -> None:
         _, alone = case.serve(model, prefix_cache=False)
         expected = [as_greedy(output) for output in alone]
         engine, outputs = case.serve(model, prefix_cache=True)
-        comparison = oracle.compare(outputs, expected)
+        comparison = oracle.compare(
+            [choice for output in outputs for choice in (output, *output.choices)],
+            [greedy for greedy in expected for _ in range(case.n)],
+        )
         assert not comparison.wrong, f"case {seed}: {comparison}"
         assert comparison.logprob_error < LOGPROB_ERROR, f"case {seed}: {comparison}"
         cache = engine.scheduler.prefix_cache
-        assert sum(output.num_cached_tokens for output in outputs) == cache.num_hit_tokens
+        if case.n == 1:
+            assert sum(output.num_cached_tokens for output in outputs) == cache.num_hit_tokens
         found += cache.num_hit_tokens
         evicted += cache.num_evictions
         preempted += engine.scheduler.num_preemptions
@@ -100,6 +106,36 @@ def compare(model, text, seeds, *, longest=90, most_new=60) -> None:
 def as_greedy(output) -> oracle.Greedy:
     gaps = [entry.top[0][1] - entry.top[1][1] for entry in output.logprobs]
     return oracle.Greedy(output.token_ids, gaps, [entry.logprob for entry in output.logprobs])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_prefix_of_many_requests_is_computed_once_and_exists_once(family):
+    """64 requests that share 1,024 tokens of real text."""
+    prefix, text = text_of()[:1024], text_of()
+    prompts = [prefix + text[start : start + 20] for start in range(2000, 2000 + 64 * 30, 30)]
+    engine = serving.engine(tiny(family), max_num_seqs=64, max_num_batched_tokens=256)
+    full = next(i for i, group in enumerate(engine.scheduler.groups) if group.window is None)
+    rows, most = 0, 0
+    start = engine._start
+
+    def count(schedule):
+        nonlocal rows
+        rows += schedule.num_scheduled_tokens
+        return start(schedule)
+
+    def watch(engine):
+        nonlocal most
+        running = engine.scheduler.running
+        heads = {block for seq in running for block in seq.block_tables[full][:64]}
+        assert len(heads) <= 64, "somebody has a copy"
+        most = max(most, len(running))
+
+    engine._start = count
+    params = SamplingParams(temperature=0, max_tokens=8)
+    outputs = serving.serve(engine, prompts, params, on_step=watch)
+    assert most == 64, "all of them at once"
+    assert [output.num_cached_tokens for output in outputs] == [0] + [1024] * 63
+    assert rows == 1024 + 64 * (20 + 7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
