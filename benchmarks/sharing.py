@@ -3,20 +3,21 @@
 Why: generations of one prompt have its blocks in common, and beams most of what came after it too.
 The paper (vLLM, SOSP 2023, section 6.3, figure 15) tells how much of the memory that saves.
 
-    python benchmarks/sharing.py [MODEL] [--requests 12] [--max-num-seqs 32] [--quick]
+    python benchmarks/sharing.py [MODEL] [--requests 12] [--longest 256] [--quick]
 
 After each planned step the tables of the running sequences are looked at. Blocks without sharing
 are the entries of all tables, blocks with sharing the different ones among them; the copy of a
 last block that two have gone on from is a block of its own. The saving of a step is the blocks
 saved / the blocks without sharing, and an arm's saving the mean over its steps. "By blocks" is the
-same of all steps together, where a step counts as much as it holds. Every prompt has a
-`cache_salt` of its own, so what different prompts have in common is never shared, nor counted.
+same of all steps together, where a step counts as much as it holds: what a server under steady load
+would see, where short and long sequences run side by side. Every prompt has a `cache_salt` of its
+own, so what different prompts have in common is never shared, nor counted.
 
 Prompts are pieces of real English text, Python's own reference manual. Lengths are like Alpaca's in
 the paper: log-normal with means of 19.31 tokens in and 58.45 out. The spread is not in the paper;
 sigma is taken as 0.5 and 0.9. One length is drawn, with a seed, from each of as many equally likely
 parts of the distribution as there are requests; all are scaled to the mean, and clipped to 4 to 128
-tokens in, 4 to 256 out. All arms have the same prompts and lengths, and nothing ends early.
+tokens in, 4 to --longest out. All arms have the same prompts and lengths, and nothing ends early.
 
 Arms:
 
@@ -55,8 +56,8 @@ from mlxpage.metal.backend import BLAS, device, mx
 from mlxpage.scheduler import Schedule, Scheduler
 
 BLOCK = 16
-LENGTHS_IN = {"mean": 19.31, "sigma": 0.5, "low": 4, "high": 128}
-LENGTHS_OUT = {"mean": 58.45, "sigma": 0.9, "low": 4, "high": 256}
+SHORTEST, LONGEST_PROMPT = 4, 128
+ALPACA_IN, ALPACA_OUT = (19.31, 0.5), (58.45, 0.9)  # mean and sigma
 PAPER = {  # figure 15, Alpaca: the saving in %
     "sampling": {2: 6.09, 4: 8.53, 6: 9.79},
     "beams": {2: 37.56, 4: 53.13, 6: 55.16},
@@ -215,22 +216,29 @@ def figures(steps: list[Step], work: list[Work], count: int, tokens: int, second
 # -- what is served --
 
 
-def draw(rng: np.random.Generator, count: int, mean, sigma, low, high) -> list[int]:
+def make_work(tokenizer, requests: int, longest: int, seed: int) -> list[Work]:
+    rng = np.random.default_rng(seed)
+    prompts = draw(rng, requests, *ALPACA_IN, LONGEST_PROMPT)
+    news = draw(rng, requests, *ALPACA_OUT, longest)
+    pairs = enumerate(zip(prompts, news, strict=True))
+    return [Work(piece(tokenizer, rng, p), new, f"prompt {index}") for index, (p, new) in pairs]
+
+
+def draw(rng: np.random.Generator, count: int, mean, sigma, longest: int) -> list[int]:
     """Log-normal lengths, one from each of `count` equally likely parts, in random order."""
     shares = (rng.permutation(count) + rng.uniform(0.01, 0.99, count)) / count
     normal = [statistics.NormalDist().inv_cdf(share) for share in shares]
     lengths = np.exp(sigma * np.array(normal))
     lengths *= mean / lengths.mean()
-    return np.clip(np.rint(lengths), low, high).astype(int).tolist()
+    return np.clip(np.rint(lengths), SHORTEST, longest).astype(int).tolist()
 
 
-def make_work(tokenizer, requests: int, seed: int) -> list[Work]:
-    rng = np.random.default_rng(seed)
-    ids = tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
-    prompts, news = draw(rng, requests, **LENGTHS_IN), draw(rng, requests, **LENGTHS_OUT)
-    starts = rng.integers(0, len(ids) - LENGTHS_IN["high"], requests).tolist()
-    rows = enumerate(zip(starts, prompts, news, strict=True))
-    return [Work(ids[s : s + p], new, f"prompt {index}") for index, (s, p, new) in rows]
+def piece(tokenizer, rng: np.random.Generator, length: int) -> list[int]:
+    """Tokens of the manual from some word on."""
+    manual = "\n".join(topics[name] for name in sorted(topics))
+    characters = 16 * length  # a token has four or so
+    start = manual.index(" ", rng.integers(len(manual) // 2)) + 1
+    return tokenizer.encode(manual[start : start + characters])[:length]
 
 
 # -- the report --
@@ -275,16 +283,19 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=12)
+    parser.add_argument("--longest", type=int, default=256, help="tokens out, at most")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 6], help="n, beam width")
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", help="as stored if left out, on a CPU float32")
-    parser.add_argument("--quick", action="store_true", help="2 requests, n and width 2 and 4")
+    parser.add_argument("--quick", action="store_true", help="2 requests, --longest 48, 2 and 4")
     args = parser.parse_args()
     if args.quick:
-        args.requests, args.counts = 2, [2, 4]
-    if args.requests < 1 or not 1 <= min(args.counts) <= max(args.counts) <= args.max_num_seqs:
-        parser.error("--requests must be at least 1, --counts from 1 to --max-num-seqs")
+        args.requests, args.longest, args.counts = 2, 48, [2, 4]
+    if args.requests < 1 or args.longest < SHORTEST:
+        parser.error(f"--requests must be at least 1 and --longest at least {SHORTEST}")
+    if not 1 <= min(args.counts) <= max(args.counts) <= args.max_num_seqs:
+        parser.error("--counts must be from 1 to --max-num-seqs")
     return args
 
 
@@ -303,7 +314,7 @@ def measure(llm: LLM, work: list[Work], args: argparse.Namespace) -> dict[str, d
 
 def main() -> None:
     args = parse_args()
-    longest = LENGTHS_IN["high"] + LENGTHS_OUT["high"]
+    longest = LONGEST_PROMPT + args.longest
     llm = LLM(
         args.model,
         num_blocks=args.max_num_seqs * -(-longest // BLOCK),  # as many as it takes without sharing
@@ -312,7 +323,7 @@ def main() -> None:
         dtype=args.dtype,
     )
     with llm:
-        work = make_work(llm.tokenizer, args.requests, args.seed)
+        work = make_work(llm.tokenizer, args.requests, args.longest, args.seed)
         record = about() | {"backend": llm.stats()["backend"]["why"]}
         print(", ".join(f"{key} {value}" for key, value in record.items()))
         sizes = {"in": [len(w.prompt) for w in work], "out": [w.new for w in work]}

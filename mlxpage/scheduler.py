@@ -6,7 +6,6 @@ import heapq
 from bisect import insort
 from dataclasses import dataclass, field
 
-from mlxpage.block_pool import BlockPool
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import FinishReason
@@ -83,8 +82,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Sorted in the order of service: the last one is preempted first."""
         self.num_preemptions = 0
-        self._sources: list[tuple[BlockPool, int]] = []
-        """Cached blocks that the step under way copies: nobody may get them before."""
 
     @property
     def has_work(self) -> bool:
@@ -130,9 +127,6 @@ class Scheduler:
         for part in schedule.scheduled:
             if part.samples and part.seq.forks:
                 self._branch_off(part.seq, schedule)
-        for pool, block in self._sources:
-            pool.free([block])
-        self._sources.clear()
         return schedule
 
     def _continue_running(self, schedule: Schedule) -> None:
@@ -260,18 +254,15 @@ class Scheduler:
         seq.num_computed_tokens = seq.num_committed_blocks * self.groups[0].block_size
 
     def _take_tail(self, seq: Sequence, schedule: Schedule) -> None:
-        """Lets `seq` go on in a copy of a cached tail, if there is one, and room for it and all
-        that `seq` will want."""
+        """Lets `seq` go on in a copy of a cached tail, if there is one. The next block to be handed
+        out may be that tail itself: whoever gets it writes after it was copied."""
         if self.prefix_cache is None or seq.is_scored:
             return
         num_tokens, sources = self.prefix_cache.match_tail(seq)
-        pairs = list(zip(self.groups, seq.block_tables, strict=True))
-        end = min(seq.num_tokens, seq.num_computed_tokens + self.max_num_batched_tokens)
-        if not num_tokens or any(g.pool.num_free <= g.missing(table, end) for g, table in pairs):
+        if not num_tokens:
             return
-        for index, ((group, table), source) in enumerate(zip(pairs, sources, strict=True)):
-            group.pool.share([source])
-            self._sources.append((group.pool, source))
+        tables = zip(self.groups, seq.block_tables, sources, strict=True)
+        for index, (group, table, source) in enumerate(tables):
             group.grow(table, 1)
             schedule.copies.append((index, source, table[-1]))
         seq.num_computed_tokens += num_tokens

@@ -59,13 +59,12 @@ def test_the_next_turn_of_a_conversation_goes_on_in_a_copy_of_the_tail():
     world.run()
 
 
-def test_a_tail_is_taken_only_if_there_is_room_for_all_that_comes_after():
+def test_a_tail_may_be_handed_out_in_the_step_that_copies_it():
     world = make_world(num_blocks=8)
     run_one(world, alike(18))  # four full blocks and a tail
     # All eight blocks, the tail's own among them.
-    assert run_one(world, alike(31)).num_cached_tokens == 16
-    assert world.num_copies == 0
-    assert run_one(world, alike(31)).num_cached_tokens == 28
+    assert run_one(world, alike(31)).num_cached_tokens == 18
+    assert world.num_copies == 1
 
 
 def test_requests_of_one_step_share_what_the_first_of_them_computes():

@@ -47,6 +47,7 @@ class Load:
     prefix_cache: bool
     arrivals: list[tuple[int, Request]]  # by step
     aborts: list[tuple[int, int, bool]]  # step, which request, after planning
+    branches: list[tuple[int, int]]  # step, which request
 
 
 @st.composite
@@ -83,6 +84,7 @@ def loads(draw):
         prefix_cache=prefix_cache,
         arrivals=draw(st.lists(arrival, min_size=8 if crowd else 1, max_size=12)),
         aborts=draw(st.lists(abort, max_size=3)),
+        branches=draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 15)), max_size=6)),
     )
 
 
@@ -97,11 +99,14 @@ def serve(load: Load) -> World:
         prefix_cache=PrefixCache(groups) if load.prefix_cache else None,
     )
     world = World(scheduler, load.depth)
-    last = max(step for step, *_ in [*load.arrivals, *load.aborts])
+    last = max(step for step, *_ in [*load.arrivals, *load.aborts, *load.branches])
     for step in range(last + 1):
         for arrival, request in load.arrivals:
             if arrival == step:
                 world.add(continued(world, request))
+        for when, number in load.branches:
+            if when == step and number < len(world.sequences):
+                world.fork(world.sequences[number])
         abort(world, load, step, after_planning=False)
         plan = world.plan()
         abort(world, load, step, after_planning=True)

@@ -98,15 +98,42 @@ class World:
         self.scheduler.add(seq)
         return seq
 
+    def fork(self, parent: Sequence) -> None:
+        """Branches a sequence where it is, if it hasn't ended, nor been planned to its end."""
+        request, tokens = self.requests[parent.id], tuple(parent.token_ids)
+        left = request.prompt + request.new - len(tokens)
+        if parent.finish_reason or not any(parent.block_tables) or left < 1:
+            return
+        id = len(self.sequences)
+        self._know(
+            replace(
+                request,
+                earlier=tokens,
+                prompt=len(tokens),
+                new=left,
+                stop_after=None,
+                first_output=10_000 * (1 + id),
+                prompt_logprobs=False,
+                forks=0,
+            ),
+            parent,
+        )
+        self.scheduler.fork(parent, self.sequences[id])
+
     def _sequence(self, request: Request, parent: Sequence | None = None) -> Sequence:
         id = len(self.sequences)
         if parent is not None:
             first_output = 10_000 * (1 + id)
             request = replace(request, first_output=first_output, prompt_logprobs=False)
-        seq = request.sequence(id)
+        seq = self._know(request, parent)
         if parent is not None:
             seq.token_ids = list(parent.token_ids)
-            self.parents[id] = parent
+        return seq
+
+    def _know(self, request: Request, parent: Sequence | None) -> Sequence:
+        seq = request.sequence(len(self.sequences))
+        if parent is not None:
+            self.parents[seq.id] = parent
         for other in self.sequences:
             self.newcomers[other.id] += request.priority < other.priority
         self.requests.append(request)
