@@ -29,6 +29,14 @@ class CacheGroup:
         # A chunk's first row reads window - 1 older positions; both ends may be cut by a block.
         return min(blocks, -(-(self.window - 1 + chunk) // self.block_size) + 1)
 
+    def has_place(self, table: list[int], num_computed_tokens: int, num_tokens: int) -> bool:
+        """Whether the positions from the one to the other number have a place in a block that is
+        begun and nobody else's: nothing is `wanted`."""
+        size = self.block_size
+        if num_tokens > len(table) * size:
+            return False
+        return self.pool.is_private(table[num_computed_tokens // size])
+
     def wanted(self, table: list[int], num_computed_tokens: int, num_tokens: int) -> int:
         """Blocks to take before the positions from the one to the other number have a place that
         nobody shares."""

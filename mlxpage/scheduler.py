@@ -74,6 +74,7 @@ class Scheduler:
                 f"({max_num_batched_tokens}): every running sequence needs a token a step."
             )
         self.groups = groups
+        self._has_windows = any(group.window is not None for group in groups)
         self.prefix_cache = prefix_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -130,11 +131,15 @@ class Scheduler:
         return schedule
 
     def _continue_running(self, schedule: Schedule) -> None:
-        for seq in self.running:
-            self._commit(seq)
-        # The step that still read it has been planned.
-        for seq in self.running:
-            self._give_back(seq)
+        if self.prefix_cache is not None:
+            size = self.groups[0].block_size
+            for seq in self.running:
+                if seq.num_computed_tokens >= (seq.num_committed_blocks + 1) * size:
+                    self._commit(seq)
+        if self._has_windows:
+            # The steps that still read it have been planned.
+            for seq in self.running:
+                self._give_back(seq)
         running = self.running
         budget = self.max_num_batched_tokens
         index = 0
@@ -296,14 +301,20 @@ class Scheduler:
     def _make_room(self, seq: Sequence, granted: int, schedule: Schedule) -> bool:
         """Gives `seq` the blocks for its next tokens, preempting the newest sequences if it must;
         False if that took `seq` itself."""
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + granted
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
+            if not group.has_place(table, start, end):
+                break
+        else:
+            return True
         while not self._has_room(seq, granted):
             victim = self.running.pop()
             self._preempt(victim, schedule)
             if victim is seq:
                 return False
         for index, (group, table) in enumerate(zip(self.groups, seq.block_tables, strict=True)):
-            if group.is_shared(table, seq.num_computed_tokens):
-                copied = group.copy_shared(table, seq.num_computed_tokens)
+            if group.is_shared(table, start):
+                copied = group.copy_shared(table, start)
                 schedule.copies.append((index, *copied))
         self._grow(seq, granted)
         return True
