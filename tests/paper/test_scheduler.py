@@ -612,21 +612,6 @@ def test_sequences_that_gave_everything_back_share_nothing():
     world.run()
 
 
-def test_check_finds_two_sequences_that_write_into_one_block():
-    scheduler = make()
-    seqs = sequence(0, 5), sequence(1, 5)
-    add(scheduler, *seqs)
-    step(scheduler)
-    first, second = (seq.block_tables[0] for seq in seqs)
-    scheduler.groups[0].pool.free(second)
-    second[:] = first
-    with pytest.raises(AssertionError, match="1 references, 2 owners"):
-        scheduler.check()
-    scheduler.groups[0].pool.share(first)
-    with pytest.raises(AssertionError, match="two sequences write into one block"):
-        scheduler.check()
-
-
 def test_check_finds_blocks_that_nobody_gave_back():
     scheduler = make()
     seq = sequence(0, 5)

@@ -77,8 +77,8 @@ class World:
         self.requests: list[Request] = []
         self.sequences: list[Sequence] = []
         self.in_flight: deque[Schedule] = deque()
-        # What each block holds: the tokens in it and all before them.
-        self.memory: list[dict[int, tuple]] = [{} for _ in scheduler.groups]
+        self.memory: list[dict[int, list[int]]] = [{} for _ in scheduler.groups]
+        self.marks: dict[int, list[int]] = {}
         self.num_fed: dict[tuple[int, int], int] = {}  # per life: tokens computed or found
         self.parents: dict[int, Sequence] = {}
         self.num_copies = 0
@@ -245,8 +245,8 @@ class World:
 
     def compute(self, plan: Schedule) -> None:
         for index, source, target in plan.copies:
-            assert self.scheduler.groups[index].pool.num_owners(target) == 1
-            self.memory[index][target] = self.memory[index][source]
+            assert self.scheduler.groups[index].pool.num_owners(target), "a copy that nobody has"
+            self.memory[index][target] = list(self.memory[index][source])
             self.num_copies += 1
         for index, group in enumerate(self.scheduler.groups):
             writers: dict[int, int] = {}
@@ -303,33 +303,41 @@ class World:
     def life(self, seq: Sequence) -> tuple[int, int]:
         return (seq.id, seq.num_preemptions)
 
-    def content(self, seq: Sequence, end: int) -> tuple:
-        """Of a block whose last token is the one before `end`."""
-        request = self.requests[seq.id]
-        own = self.parents.get(seq.id, seq).id
-        outputs = [request.token(index) for index in range(end - request.prompt)]
-        return (request.salt, *request.prompt_tokens(own), *outputs)[: end + 1]
+    def marks_of(self, seq: Sequence, end: int) -> list[int]:
+        """What K and V of its first `end` positions are: a number for each, of the token and all
+        before it."""
+        request, marks = self.requests[seq.id], self.marks.setdefault(seq.id, [])
+        if len(marks) < end:
+            own = self.parents.get(seq.id, seq).id
+            tokens = request.prompt_tokens(own)
+            tokens += [request.token(index) for index in range(request.new)]
+            before = request.salt
+            marks.clear()
+            for token in tokens:
+                marks.append(before := hash((before, token)))
+        return marks
 
     def write(self, index: int, group: CacheGroup, part, writers: dict[int, int]) -> None:
         memory, size = self.memory[index], group.block_size
         end = part.start + part.num_tokens
+        marks = self.marks_of(part.seq, end)
         for column in range(part.start // size, (end - 1) // size + 1):
             block = part.seq.block_tables[index][column]
             assert 1 <= block <= group.pool.num_blocks
             assert writers.setdefault(block, part.seq.id) == part.seq.id, "two write to a block"
-            if part.start > column * size:
-                start = self.content(part.seq, part.start)
-                assert memory[block][: len(start)] == start, "a block has lost its start"
-            memory[block] = self.content(part.seq, min((column + 1) * size, end))
+            first, last = max(part.start, column * size), min((column + 1) * size, end)
+            slots = memory.setdefault(block, [0] * size)
+            slots[first - column * size : last - column * size] = marks[first:last]
 
     def read(self, index: int, group: CacheGroup, part, late: dict[int, int]) -> None:
         memory, size = self.memory[index], group.block_size
         end = part.start + part.num_tokens
+        marks = self.marks_of(part.seq, end)
         first = 0 if group.window is None else max(0, part.start - group.window + 1)
         for column in range(first // size, (end - 1) // size + 1):
             block = part.seq.block_tables[index][column]
-            expected = self.content(part.seq, min((column + 1) * size, end))
-            assert memory[block] == expected, "reads what others wrote, or nobody"
+            expected = marks[column * size : min((column + 1) * size, end)]
+            assert memory[block][: len(expected)] == expected, "reads what others wrote, or nobody"
             assert late.get(block, part.seq.id) == part.seq.id, "reads what is being written"
 
     def check_tables(self, plan: Schedule) -> None:
