@@ -52,8 +52,13 @@ class CacheGroup:
         return -(-num_tokens // self.block_size) - len(table)
 
     def held(self, table: list[int]) -> int:
-        """Blocks that `table` owns: what was given back is at its front."""
-        return len(table) - (bisect_left(table, True, key=bool) if self.window else 0)
+        """Blocks that `table` has of those that its sequence will ever hold at once."""
+        if self.window is None:
+            return len(table)
+        # What was given back is at the front. In the place of what others share come new blocks
+        # one day, and the pool doesn't get the old ones for them.
+        own = table[bisect_left(table, True, key=bool) :]
+        return sum(self.pool.num_owners(block) == 1 for block in own)
 
     def grow(self, table: list[int], count: int) -> None:
         table += self.pool.allocate(count)

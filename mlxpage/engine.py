@@ -79,6 +79,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=PrefixCache(groups) if prefix_cache else None,
         )
+        self._requests: dict[int, Request] = {}
         self._choices: dict[int, tuple[Request, Choice]] = {}
         """By the ids of their sequences, until they end."""
         self._in_flight: list[Started] = []
@@ -171,6 +172,7 @@ class Engine:
             of_choice = (seed + choice.index) % 2**64
             choice.seq.params = replace(choice.seq.params, seed=of_choice)
         start()
+        self._requests[request.id] = request
         for choice in request.choices:
             self._choices[choice.seq.id] = request, choice
 
@@ -187,13 +189,14 @@ class Engine:
         prompt on. Only what is new comes as events; the output has everything.
         Raises InvalidRequest if the request has ended, has several choices, or can't go on so.
         """
-        if request_id not in self._choices:
+        if request_id not in self._requests:
             raise InvalidRequest(
                 f"request {request_id} has ended or was never added. Give its tokens as a prompt: "
                 "what is still cached of them isn't computed again."
             )
-        parent, choice = self._choices[request_id]
+        parent = self._requests[request_id]
         params = self._params_of_fork(parent, params)
+        (choice,) = parent.choices
         tokens = choice.seq.token_ids
         self._check_tokens(tokens, params)
         options = self._options(choice.seq.num_prompt_tokens, params, choice.seq.priority)
@@ -221,12 +224,11 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with what it has so far; does nothing if it has ended already."""
-        for request in {request for request, _ in self._choices.values()}:
-            if request.id == request_id:
-                self._end(request)
+        if request := self._requests.get(request_id):
+            self._end(request)
 
     def abort_all(self, error: MlxpageError | None = None) -> None:
-        for request, _ in list(self._choices.values()):
+        for request in list(self._requests.values()):
             self._end(request, error)
 
     def close(self) -> None:
@@ -356,8 +358,10 @@ class Engine:
                     f"computed in {dtype}. Its numbers may pass that type's range: try "
                     "dtype='bfloat16' or 'float32'."
                 )
-                self.scheduler.withdraw(seq)
-                self._end(self._choices[seq.id][0], error)
+                request, _ = self._choices[seq.id]
+                for choice in request.choices:
+                    self.scheduler.withdraw(choice.seq)
+                self._end(request, error)
 
     def _hand_out(self, request: Request, choice: Choice, token: int, now: float) -> None:
         seq = choice.seq
@@ -394,10 +398,14 @@ class Engine:
         choice.text += text
         choice.timings.finished = time.perf_counter()
         if seq.finish_reason != "abort":
-            self._counts["prompt_tokens"] += seq.num_prompt_tokens * (choice.index == 0)
-            self._counts["output_tokens"] += seq.num_output_tokens
+            if choice.index == 0 and not choice.num_taken_over:
+                self._counts["prompt_tokens"] += seq.num_prompt_tokens
+            self._counts["output_tokens"] += seq.num_output_tokens - choice.num_taken_over
         request.num_unfinished -= 1
-        output = None if request.num_unfinished else request.output()
+        output = None
+        if request.num_unfinished == 0:
+            del self._requests[request.id]
+            output = request.output()
         ids, reason = token_ids or [], seq.finish_reason
         request.on_event(StreamEvent(text, ids, reason, output, error, choice.index))
 

@@ -97,10 +97,11 @@ class PrefixCache:
         seq.num_committed_blocks = last
 
     def withdraw(self, seq: Sequence) -> None:
-        """Forgets the blocks of a sequence whose K and V can't be trusted."""
-        for group, table in zip(self._groups, seq.block_tables, strict=True):
-            for block in table:
-                group.pool.forget(block)
+        """Forgets all that was computed of a sequence, whose K and V can't be trusted."""
+        for group in self._groups:
+            for key in seq.block_keys:
+                if (block := group.pool.find(key)) is not None:
+                    group.pool.forget(block)
 
     def clear(self) -> None:
         for group in self._groups:

@@ -23,6 +23,8 @@ class Choice:
     timings: Timings
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_taken_over: int = 0
+    """Tokens that a fork began with."""
 
     def take_over(self, other: Choice) -> None:
         """What has come of another one, whose tokens this one has too."""
@@ -31,6 +33,7 @@ class Choice:
         if self.text_stream.stopped:
             raise InvalidRequest(f"the text so far holds a stop string already: {self.text!r:.80}")
         self.logprobs = list(other.logprobs)
+        self.num_taken_over = len(self.seq.output_token_ids)
 
     @property
     def mean_logprob(self) -> float:

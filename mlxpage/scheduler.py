@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import insort
 from dataclasses import dataclass, field
 
@@ -364,9 +365,7 @@ class Scheduler:
         for index, group in enumerate(self.groups):
             room = group.pool.num_free
             for other in (seq, *self.running):
-                end = other.max_length
-                if ahead is not None:
-                    end = min(end, other.num_tokens + ahead * group.block_size)
+                end = min(other.max_length, other.num_tokens + ahead * group.block_size)
                 table = other.block_tables[index]
                 chunk = min(
                     other.num_tokens - other.num_computed_tokens, self.max_num_batched_tokens
@@ -377,9 +376,13 @@ class Scheduler:
                     return False
         return True
 
-    def _reserve(self, seq: Sequence) -> int | None:
-        """Blocks of growth for each running sequence; None: up to their `max_length`."""
-        return 4**seq.num_preemptions if seq.num_preemptions < 4 else None
+    def _reserve(self, seq: Sequence) -> float:
+        """Blocks of growth for each running sequence; infinite: up to their `max_length`.
+
+        A fork may come after those that are behind it, who count on the room kept for them."""
+        behind = (each for each in self.running if seq < each and seq.priority == each.priority)
+        most = max(each.num_preemptions for each in (seq, *behind))
+        return 4**most if most < 4 else math.inf
 
     # -- results --
 

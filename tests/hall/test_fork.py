@@ -89,6 +89,9 @@ def test_a_fork_without_params_has_another_seed():
         len(known) :
     ]
     assert len(second.token_ids) == PARAMS.max_tokens
+    stats = engine.stats()
+    assert stats["prompt_tokens"] == 40
+    assert stats["output_tokens"] == len(known) + 2 * (PARAMS.max_tokens - len(known))
 
 
 def test_the_end_of_one_does_not_end_the_other():

@@ -204,3 +204,39 @@ def test_a_pool_that_is_full_of_what_is_cached_serves_as_if_it_were_empty():
     for family in range(10):
         run_one(world, alike(40, new=8, family=family))
     assert world.scheduler.num_preemptions == 0
+
+
+def test_what_has_left_the_window_is_withdrawn_too():
+    world = make_world(windows=[6])
+    seq = world.add(alike(33, new=20))
+    for _ in range(12):
+        world.step()
+    assert world.scheduler.groups[0].pool.num_free_cached, "blocks were given back"
+    world.scheduler.withdraw(seq)
+    world.abort(seq)
+    assert world.scheduler.groups[0].pool.num_free_cached == 0
+
+
+@pytest.mark.parametrize("forks", [0, 7])
+def test_shared_blocks_of_a_window_are_no_room_to_grow(forks):
+    """Who shares them gets blocks of its own in their place, and the pool nothing back."""
+    group = CacheGroup(61, SIZE, 128)
+    scheduler = Scheduler([group], max_num_seqs=8, max_num_batched_tokens=64)
+    scheduler.prefix_cache = None if forks else PrefixCache([group])
+    world = World(scheduler)
+    for _ in range(1 if forks else 8):
+        world.add(Request(prompt=192, new=500, common=192, forks=forks))
+    world.run()
+    assert scheduler.num_preemptions == 0
+
+
+def test_forks_leave_the_room_that_was_kept_for_those_who_came_after_them():
+    groups = [CacheGroup(50, 4)]
+    scheduler = Scheduler(groups, max_num_seqs=8, max_num_batched_tokens=64)
+    world = World(scheduler)
+    world.add(Request(prompt=70, new=30, forks=4))
+    world.plan()  # the prompt isn't computed yet
+    later = world.add(Request(prompt=1, new=60))
+    later.num_preemptions = 4  # admitted only if all that is running may grow to its end
+    world.run()
+    assert later.num_preemptions == 4
