@@ -189,12 +189,12 @@ class Engine:
         prompt on. Only what is new comes as events; the output has everything.
         Raises InvalidRequest if the request has ended, has several choices, or can't go on so.
         """
-        if request_id not in self._requests:
+        parent = self._requests.get(request_id)
+        if parent is None or all(choice.seq.finish_reason for choice in parent.choices):
             raise InvalidRequest(
                 f"request {request_id} has ended or was never added. Give its tokens as a prompt: "
                 "what is still cached of them isn't computed again."
             )
-        parent = self._requests[request_id]
         params = self._params_of_fork(parent, params)
         (choice,) = parent.choices
         tokens = choice.seq.token_ids
@@ -215,7 +215,7 @@ class Engine:
         if params is None:
             params = replace(parent.params, seed=None)
         params = params.with_defaults(self.defaults)
-        if len(parent.choices) > 1 or params.n > 1 or params.best_of:
+        if len(parent.choices) > 1 or max(params.n, params.best_of or 1) > 1:
             raise InvalidRequest("only a request with n=1 can be forked, into one with n=1")
         if params.logprobs is not None and parent.params.logprobs is None:
             raise InvalidRequest("a fork has logprobs only if the request has them from the start")

@@ -378,9 +378,11 @@ class Generation:
     def fork(self, params: SamplingParams | None = None) -> Generation:
         """A second generation with the same prompt and the tokens so far, which goes its own way.
 
-        The two share their blocks; nothing is computed twice or copied but the last of them.
-        Without `params` they are those of this one, but for the seed. `max_tokens` counts from the
-        prompt on. The fork's events bring what is new in it, its output everything.
+        The two share their blocks: of what has been computed only the last token is computed again,
+        and only the last block copied. Without `params` they are those of this one, but for the
+        seed. `max_tokens` counts from the prompt on. The fork begins where the engine is, which may
+        be further than what was read of this one. Its events bring what is new in it, its output
+        everything.
 
         Raises InvalidRequest if this one hasn't begun or has ended, or has several choices.
         """

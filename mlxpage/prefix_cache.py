@@ -119,5 +119,6 @@ class PrefixCache:
 def _digest(seq: Sequence, keys: list[bytes]) -> bytes:
     """What the key after `keys` begins with."""
     # Hashed before the hash, the salt can't be taken for a key.
-    parent = keys[-1] if keys else sha256((seq.params.cache_salt or "").encode()).digest()
+    salt = (seq.params.cache_salt or "").encode("utf-8", "surrogatepass")
+    parent = keys[-1] if keys else sha256(salt).digest()
     return sha256(parent).digest()

@@ -84,6 +84,11 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Sorted in the order of service: the last one is preempted first."""
         self.num_preemptions = 0
+        self._num_ended = 0
+        """Times that a sequence has given its blocks up."""
+        self._refused: tuple = ()
+        """Of the sequence that didn't fit last: its id, `_num_ended`, and the key of the first full
+        block that wasn't found, if there is one."""
 
     @property
     def has_work(self) -> bool:
@@ -159,11 +164,13 @@ class Scheduler:
             seq = self.waiting[0]
             budget = self.max_num_batched_tokens - schedule.num_scheduled_tokens
             # A preempted sequence may still wait for its last token: it can't be fed before.
-            if not budget or seq.num_pending:
+            if not budget or seq.num_pending or self._still_has_no_room(seq):
                 break
             self._take_cached(seq)
             if not self._grant(seq, budget, schedule) or not self._fits(seq):
+                found = seq.num_committed_blocks
                 self._release(seq)
+                self._refused = (seq.id, self._num_ended, *seq.block_keys[found : found + 1])
                 break
             heapq.heappop(self.waiting)
             seq.status = Status.RUNNING
@@ -235,6 +242,7 @@ class Scheduler:
         tables = zip(self.groups, parent.block_tables, strict=True)
         branches = [group.branch(table, computed) for group, table in tables]
         child.block_tables = [branch or [] for branch in branches]
+        child.block_keys = parent.block_keys[: computed // self.groups[0].block_size]
         child.num_computed_tokens = computed
         child.num_committed_blocks = min(
             parent.num_committed_blocks, computed // self.groups[0].block_size
@@ -274,9 +282,21 @@ class Scheduler:
         seq.num_computed_tokens += num_tokens
         self._give_back(seq)
 
+    def _still_has_no_room(self, seq: Sequence) -> bool:
+        """Whether `seq` was refused before and nothing has changed for it: to look for a long
+        prefix in each step takes time. Without windows, running sequences only want more."""
+        if not self.running or self._has_windows or self.prefix_cache is None:
+            return False
+        if self._refused[:2] != (seq.id, self._num_ended):
+            return False
+        return all(
+            group.pool.find(key) is None for group in self.groups for key in self._refused[2:]
+        )
+
     def _count_cached(self, seq: Sequence) -> None:
         if self.prefix_cache is not None and seq.num_preemptions == 0:
-            seq.num_cached_tokens = seq.num_computed_tokens
+            # A fork that had to wait may find what its parent has generated, too.
+            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
             self.prefix_cache.num_queried_tokens += seq.num_prompt_tokens
             self.prefix_cache.num_hit_tokens += seq.num_cached_tokens
 
@@ -345,6 +365,7 @@ class Scheduler:
         if self.prefix_cache is not None and seq.num_computed_tokens:
             self._commit(seq)
             self.prefix_cache.commit_tail(seq)
+        self._num_ended += 1
         self._release(seq)
 
     def _release(self, seq: Sequence) -> None:

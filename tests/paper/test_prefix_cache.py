@@ -100,7 +100,7 @@ def test_outputs_are_found_too():
     assert len(world.scheduler.prefix_cache.match(again)[0]) == 4
 
 
-@pytest.mark.parametrize("salts", [("a", "b"), ("a", None), (None, "a")])
+@pytest.mark.parametrize("salts", [("a", "b"), ("a", None), (None, "a"), ("\ud800", "a")])
 def test_another_salt_finds_nothing(salts):
     world = make_world()
     first, second = salts
