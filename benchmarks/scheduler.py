@@ -3,10 +3,10 @@
 Everything here is plain Python and runs between two steps of the model, where the GPU may have to
 wait for it: a decode step of a batch takes 5 to 100 ms, so a plan should take well under one.
 
-1. A step: `schedule` and `update` with every running sequence decoding, for one cache group and
-   for two (the second with a window of 512), and with 1,000 requests waiting whose first one
-   doesn't fit. That one has been preempted four times, so its room is counted over the whole
-   batch: the dearest case.
+1. A step: `schedule` and `update` with every running sequence decoding and a prefix cache, for
+   one cache group and for two (the second with a window of 512), and with 1,000 requests waiting
+   whose first one doesn't fit. That one has been preempted four times, so its room is counted
+   over the whole batch: the dearest case.
 2. The pool: nanoseconds per block to allocate and to free, in tables of 64 blocks. The work
    doesn't depend on the size of the pool: with a free queue in order, a thousand times as many
    blocks cost about twice as much each. Shuffled, what belongs to neighbours in the queue lies
@@ -33,6 +33,7 @@ from time import perf_counter_ns
 
 from mlxpage.block_pool import BlockPool
 from mlxpage.cache_group import CacheGroup
+from mlxpage.prefix_cache import PrefixCache
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import Schedule, Scheduler
 from mlxpage.sequence import Sequence
@@ -52,15 +53,19 @@ def time_steps(
     full = -(-longest // block_size) * (num_running + 1)
     # One block less than the first of the waiting would need, after everyone else.
     groups = [CacheGroup(full - 1, block_size), CacheGroup(full, block_size, window=512)]
+    groups = groups[:num_groups]
     scheduler = Scheduler(
-        groups[:num_groups], max_num_seqs=num_running + 1, max_num_batched_tokens=8192
+        groups,
+        max_num_seqs=num_running + 1,
+        max_num_batched_tokens=8192,
+        prefix_cache=PrefixCache(groups),
     )
-    for id in range(num_running):
-        scheduler.add(Sequence(id, [TOKEN] * prompt, PARAMS, max_length=longest))
+    for id in range(num_running):  # no two share a block
+        scheduler.add(Sequence(id, [TOKEN + id] * prompt, PARAMS, max_length=longest))
     while not all(seq.num_output_tokens for seq in scheduler.running) or scheduler.waiting:
         step(scheduler)
     for id in range(num_running, num_running + num_waiting):
-        seq = Sequence(id, [TOKEN] * prompt, PARAMS, max_length=longest)
+        seq = Sequence(id, [TOKEN + id] * prompt, PARAMS, max_length=longest)
         seq.num_preemptions = 4
         scheduler.add(seq)
     times = []

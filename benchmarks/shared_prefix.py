@@ -29,23 +29,19 @@ import argparse
 import gc
 import itertools
 import json
-import os
-import platform
 import random
-import shlex
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import numpy as np
+from about import about
 
-import mlxpage
 from mlxpage import model_store
 from mlxpage.engine import Engine
 from mlxpage.metal import choice, memory
-from mlxpage.metal.backend import BLAS, device, mlx_lm_utils, mx
+from mlxpage.metal.backend import mlx_lm_utils, mx
 from mlxpage.metal.model import Model, load
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.text import Tokenizer
@@ -355,21 +351,6 @@ def tell_differences(pairs: dict[str, list[list[dict]]], requests: int) -> None:
             print("  request {request}, token {token}: best two {gap:.1e} apart".format(**part))
 
 
-def about() -> dict:
-    import mlx_lm
-
-    return {
-        "command": shlex.join(["python", "benchmarks/shared_prefix.py", *sys.argv[1:]]),
-        "device": device().name,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "blas": os.path.basename(str(BLAS)),
-        "python": platform.python_version(),
-        "mlxpage": mlxpage.__version__,
-        "mlx": mx.__version__,
-        "mlx_lm": mlx_lm.__version__,
-    }
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
@@ -396,7 +377,7 @@ def main() -> None:
     tokenizer = Tokenizer(folder, model.config.get("eos_token_id"))
     backend = choice.checked(model, BLOCK, None, print)
     prompts = make_prompts(tokenizer, args.requests, args.prefix)
-    record = about() | {"backend": backend.why, "settings": vars(args)}
+    record = about("shared_prefix.py") | {"backend": backend.why, "settings": vars(args)}
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "settings"))
 
     common = model, tokenizer, backend

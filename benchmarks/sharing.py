@@ -34,11 +34,7 @@ generation or beam but the last. The last line is JSON.
 import argparse
 import functools
 import json
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -47,12 +43,11 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import numpy as np
+from about import about
 
-import mlxpage
 from mlxpage import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from mlxpage.block_pool import NULL_BLOCK
 from mlxpage.engine import Engine
-from mlxpage.metal.backend import BLAS, device, mx
 from mlxpage.scheduler import Schedule, Scheduler
 
 BLOCK = 16
@@ -264,21 +259,6 @@ def report(name: str, result: dict) -> str:
     return line(name, cells)
 
 
-def about() -> dict:
-    import mlx_lm
-
-    return {
-        "command": shlex.join(["python", "benchmarks/sharing.py", *sys.argv[1:]]),
-        "device": device().name,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "blas": os.path.basename(str(BLAS)),
-        "python": platform.python_version(),
-        "mlxpage": mlxpage.__version__,
-        "mlx": mx.__version__,
-        "mlx_lm": mlx_lm.__version__,
-    }
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
@@ -324,7 +304,7 @@ def main() -> None:
     )
     with llm:
         work = make_work(llm.tokenizer, args.requests, args.longest, args.seed)
-        record = about() | {"backend": llm.stats()["backend"]["why"]}
+        record = about("sharing.py") | {"backend": llm.stats()["backend"]["why"]}
         print(", ".join(f"{key} {value}" for key, value in record.items()))
         sizes = {"in": [len(w.prompt) for w in work], "out": [w.new for w in work]}
         for name, lengths in sizes.items():

@@ -187,13 +187,19 @@ class Engine:
 
         Without `params` they are those of the first, but for the seed. `max_tokens` counts from the
         prompt on. Only what is new comes as events; the output has everything.
-        Raises InvalidRequest if the request has ended, has several choices, or can't go on so.
+        Raises InvalidRequest if the request has no token yet or has ended, has several choices, or
+        can't go on so.
         """
         parent = self._requests.get(request_id)
         if parent is None or all(choice.seq.finish_reason for choice in parent.choices):
             raise InvalidRequest(
                 f"request {request_id} has ended or was never added. Give its tokens as a prompt: "
                 "what is still cached of them isn't computed again."
+            )
+        if parent.choices[0].seq.num_output_tokens == 0:
+            raise InvalidRequest(
+                f"the prompt of request {request_id} is still being computed; fork it after its "
+                "first token, or ask for n generations"
             )
         params = self._params_of_fork(parent, params)
         (choice,) = parent.choices

@@ -128,7 +128,8 @@ class LLM:
     def generate(self, prompts, params=None, *, priority=0):
         """Continues prompts, each a text or a list of token ids.
 
-        One prompt gives one output; a list of prompts gives their outputs in the same order.
+        One prompt gives one output; a list of prompts gives their outputs in the same order. What
+        `n` asks for beside the first generation is in its `choices`.
         `params` is for all of them, or a list with one for each. All prompts are checked before
         the first is computed. Ctrl-C ends them all. Lower `priority` is served first.
         """
@@ -290,7 +291,12 @@ class LLM:
         def fork(engine):
             return engine.fork(request_id, params, lambda event: events.put((0, event)))
 
-        request = self._thread.call(fork).result()
+        forked = self._thread.call(fork)
+        try:
+            request = forked.result()
+        except BaseException:  # Ctrl-C while this waits: nobody would ever hear of it
+            self._thread.call(lambda engine: forked.exception() or engine.abort(forked.result().id))
+            raise
         following = self._follow([request], events, has_begun=True)
         next(following)
         return Generation(self, request.id, following)
@@ -384,7 +390,7 @@ class Generation:
         be further than what was read of this one. Its events bring what is new in it, its output
         everything.
 
-        Raises InvalidRequest if this one hasn't begun or has ended, or has several choices.
+        Raises InvalidRequest if this one has no token yet or has ended, or has several choices.
         """
         return self._llm._fork(self._request_id, params)
 

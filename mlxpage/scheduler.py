@@ -294,7 +294,8 @@ class Scheduler:
         )
 
     def _count_cached(self, seq: Sequence) -> None:
-        if self.prefix_cache is not None and seq.num_preemptions == 0:
+        was_looked_for = self.prefix_cache is not None and not seq.is_scored
+        if was_looked_for and seq.num_preemptions == 0:
             # A fork that had to wait may find what its parent has generated, too.
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
             self.prefix_cache.num_queried_tokens += seq.num_prompt_tokens

@@ -1,13 +1,15 @@
 """What `LLM.generate` and its kin give back."""
 
 import dataclasses
+import threading
 from collections import Counter
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import tiny_folder as tiny
 
-from mlxpage import LLM, InvalidRequest, SamplingParams
+from mlxpage import LLM, InvalidRequest, SamplingParams, engine_thread
 from mlxpage.metal.backend import mlx_lm_utils, mx
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -360,6 +362,24 @@ def test_a_fork_that_is_dropped_ends(llm):
     next(stream)
     fork = stream.fork()
     del fork
+    stream.close()
+    assert llm.stats()["running"] == 0
+
+
+def test_a_fork_that_ctrl_c_keeps_nobody_from_hearing_of_ends(llm, monkeypatch):
+    stream = llm.stream("abc", LONG)
+    next(stream)
+
+    class Interrupted(Future):
+        def result(self, timeout=None):
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return super().result(timeout)
+
+    monkeypatch.setattr(engine_thread, "Future", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.fork()
+    monkeypatch.undo()
     stream.close()
     assert llm.stats()["running"] == 0
 

@@ -130,3 +130,14 @@ def test_what_can_not_go_on_is_refused_and_nothing_is_left(params, message):
     finish(engine)
     with pytest.raises(InvalidRequest, match="has ended or was never added"):
         branch(engine, request)
+
+
+def test_a_request_without_a_token_is_not_forked():
+    engine = serving.engine(tiny("llama"), max_num_batched_tokens=32)
+    request, _ = events_of(engine, TEXT[:40], PARAMS)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="still being computed; fork it after"):
+            branch(engine, request)
+        engine.step()
+    branch(engine, request)
+    finish(engine)

@@ -195,6 +195,7 @@ def test_statistics_count_prompts_when_they_are_first_admitted():
     world = make_world()
     for _ in range(3):
         run_one(world, alike(18, new=4))
+    run_one(world, alike(18, prompt_logprobs=True))  # nobody looks for it
     cache = world.scheduler.prefix_cache
     assert (cache.num_queried_tokens, cache.num_hit_tokens) == (54, 32)
 
