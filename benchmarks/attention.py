@@ -23,6 +23,7 @@ import numpy as np
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import device, mx
 from mlxpage.metal.kernels.pool import as_input
+from mlxpage.metal.layout import Blocks
 
 # batch, context, query heads, KV heads, head size, block size
 SHAPES = {
@@ -60,9 +61,9 @@ class Case:
         self.sets = max(1, round(ROTATION / self.nbytes + 0.5))
         self.scale = head_dim**-0.5
         shape = (self.num_blocks + 1, kv_heads, block_size, head_dim)
-        pools = [(_random(shape), _random(shape)) for _ in range(self.sets)]
-        self.kind = kernels.pool_kind(pools[0][0])
-        self.pools = [tuple(as_input(pool) for pool in pair) for pair in pools]
+        pools = [Blocks.plain(_random(shape), _random(shape)) for _ in range(self.sets)]
+        self.kind = pools[0].kind
+        self.pools = [Blocks(as_input(k), as_input(v), kind) for k, v, kind in pools]
         self.q = _random((batch, heads, 1, head_dim))
         self.fence = mx.zeros(8, mx.int32)
         self.starts = np.arange(batch + 1, dtype=np.int32)
@@ -78,7 +79,7 @@ class Case:
         return tables
 
     def paged(self, tables, *, append=False):
-        cost = kernels.run_cost(self.kind, self.head_dim, self.heads)
+        cost = kernels.run_cost(self.kind, self.heads)
         work = kernels.plan_work(self.starts, self.contexts, tables, self.block_size, None, cost)
 
         new = tuple(_random((len(self.q), self.kv_heads, 1, self.head_dim)) for _ in range(2))
@@ -86,7 +87,7 @@ class Case:
         options = {"scale": self.scale, "new": new if append else None}
 
         def attend(q, i):
-            return kernels.paged_attention(q, *self.pools[i], work, self.fence, **options)[0]
+            return kernels.paged_attention(q, self.pools[i], work, self.fence, **options)[0]
 
         return attend
 
@@ -96,7 +97,7 @@ class Case:
         mask = self._mask()
 
         def attend(q, i):
-            k, v = kernels.gather(*self.pools[i], *arrays, shape, self.fence)
+            k, v = kernels.gather(self.pools[i], *arrays, shape, self.fence)
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
 
         return attend

@@ -1,7 +1,9 @@
 // What the kernels share. Words that both Metal and cuda.h know; names of their own namespace.
 //
-// A pool is [num_blocks + 1][KV_HEADS][BLOCK_SIZE][head_dim], one of K and one of V for each layer:
-// the positions that a block holds of one head are a single run of memory.
+// A pool is [num_blocks + 1][KV_HEADS][a block of a head], one of K and one of V for each layer. What
+// a block holds of one head is a single run of memory: [BLOCK_SIZE][head_dim] elements of T, or, if it
+// is quantised, words with [BLOCK_SIZE][head_dim] codes of BITS, then [BLOCK_SIZE][head_dim / GROUP]
+// words of a group's scale (lower half) and bias. An element is its code times the scale plus the bias.
 
 namespace mlxpage {
 
@@ -54,20 +56,13 @@ METAL_FUNC void store_words(device uint* to, const thread uint (&words)[4]) {
   *(device uint4*)to = v;
 }
 
-// -- the elements in a word, by the type of the pool --
+// -- the elements in a word, by the type of the pool and the bits of an element --
 
 template <typename T>
-struct Word;
+struct Pair;
 
 template <>
-struct Word<float> {
-  static METAL_FUNC void unpack(uint word, thread float* to) {
-    to[0] = as_type<float>(word);
-  }
-};
-
-template <>
-struct Word<half> {
+struct Pair<half> {
   static METAL_FUNC void unpack(uint word, thread float* to) {
     const half2 pair = as_type<half2>(word);
     to[0] = float(pair.x);
@@ -76,45 +71,180 @@ struct Word<half> {
 };
 
 template <>
-struct Word<bfloat16_t> {
+struct Pair<bfloat16_t> {
   static METAL_FUNC void unpack(uint word, thread float* to) {
     to[0] = as_type<float>(word << 16);
     to[1] = as_type<float>(word & 0xffff0000u);
   }
 };
 
-// One lane's share of a row: WIDTH elements from each of PIECES runs of LANES * WIDTH elements.
-template <typename T, int PIECES, int WIDTH, int LANES>
-struct Share {
-  uint words[PIECES][WIDTH * sizeof(T) / 4];
+template <typename T>
+METAL_FUNC uint pack_pair(T low, T high) {
+  return uint(as_type<ushort>(low)) | uint(as_type<ushort>(high)) << 16;
+}
+
+// The type of scales and biases.
+template <typename T>
+struct Side {
+  typedef T type;
 };
 
-template <typename T, int PIECES, int WIDTH, int LANES>
-METAL_FUNC void load(thread Share<T, PIECES, WIDTH, LANES>& share, const device T* row, int lane) {
+template <>
+struct Side<float> {
+  typedef half type;
+};
+
+// Codes: in the lowest bits of a float that is 2^23, an integer adds its value.
+template <typename T, int BITS>
+struct Word {
+  static METAL_FUNC void unpack(uint word, uint side, thread float* to) {
+    float scale_and_bias[2];
+    Pair<typename Side<T>::type>::unpack(side, scale_and_bias);
+#pragma unroll
+    for (int i = 0; i < 32 / BITS; i++) {
+      const uint code = word >> (i * BITS) & ((1u << BITS) - 1u);
+      const float value = as_type<float>(code | 0x4b000000u) - 8388608.0f;
+      to[i] = value * scale_and_bias[0] + scale_and_bias[1];
+    }
+  }
+};
+
+template <>
+struct Word<float, 32> {
+  static METAL_FUNC void unpack(uint word, uint, thread float* to) {
+    to[0] = as_type<float>(word);
+  }
+};
+
+template <typename T>
+struct Word<T, 16> {
+  static METAL_FUNC void unpack(uint word, uint, thread float* to) {
+    Pair<T>::unpack(word, to);
+  }
+};
+
+// One lane's share of a row: WIDTH elements from each of PIECES runs of LANES * WIDTH elements, and
+// the sides that belong to them.
+template <typename T, int BITS, int GROUP, int PIECES, int WIDTH, int LANES>
+struct Share {
+  uint words[PIECES][WIDTH * BITS / 32];
+  uint sides[PIECES];
+};
+
+// The row at `offset` of a block of a head.
+template <int BLOCK_SIZE, typename T, int BITS, int GROUP, int PIECES, int WIDTH, int LANES>
+METAL_FUNC void load(
+    thread Share<T, BITS, GROUP, PIECES, WIDTH, LANES>& share,
+    const device uint* head,
+    int offset,
+    int lane) {
+  constexpr int ROW = PIECES * LANES * WIDTH * BITS / 32;
+  constexpr int SIDES = PIECES * LANES * WIDTH / GROUP;
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
-    load_words((const device uint*)(row + (piece * LANES + lane) * WIDTH), share.words[piece]);
+    const int part = piece * LANES + lane;
+    load_words(head + offset * ROW + part * (WIDTH * BITS / 32), share.words[piece]);
+    if (BITS < 16) {
+      share.sides[piece] = head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];
+    }
   }
 }
 
-template <typename T, int PIECES, int WIDTH, int LANES>
+template <typename T, int BITS, int GROUP, int PIECES, int WIDTH, int LANES>
 METAL_FUNC void store(
-    const thread Share<T, PIECES, WIDTH, LANES>& share, device T* row, int lane) {
+    const thread Share<T, BITS, GROUP, PIECES, WIDTH, LANES>& share,
+    device uint* head,
+    int offset,
+    int lane) {
+  constexpr int ROW = PIECES * LANES * WIDTH * BITS / 32;
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
-    store_words((device uint*)(row + (piece * LANES + lane) * WIDTH), share.words[piece]);
+    const int part = piece * LANES + lane;
+    store_words(head + offset * ROW + part * (WIDTH * BITS / 32), share.words[piece]);
   }
 }
 
-template <typename T, int PIECES, int WIDTH, int LANES>
-METAL_FUNC void unpack(const thread Share<T, PIECES, WIDTH, LANES>& share, thread float* to) {
-  constexpr int ELEMENTS = 4 / int(sizeof(T));  // in a word
+template <typename T, int BITS, int GROUP, int PIECES, int WIDTH, int LANES>
+METAL_FUNC void unpack(
+    const thread Share<T, BITS, GROUP, PIECES, WIDTH, LANES>& share, thread float* to) {
+  constexpr int ELEMENTS = 32 / BITS;  // in a word
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
 #pragma unroll
     for (int word = 0; word < WIDTH / ELEMENTS; word++) {
-      Word<T>::unpack(share.words[piece][word], to + piece * WIDTH + word * ELEMENTS);
+      const uint side = BITS < 16 ? share.sides[piece] : 0;
+      Word<T, BITS>::unpack(
+          share.words[piece][word], side, to + piece * WIDTH + word * ELEMENTS);
     }
+  }
+}
+
+// Makes codes of a group, the nearest ones to its scale and bias as they are stored.
+template <typename T, int BITS, int GROUP>
+METAL_FUNC void quantise(const device T* group, device uint* codes, device uint* side) {
+  typedef typename Side<T>::type S;
+  constexpr float MOST = float((1u << BITS) - 1u);
+  float low = float(group[0]);
+  float high = low;
+#pragma unroll 4
+  for (int i = 1; i < GROUP; i++) {
+    low = min(low, float(group[i]));
+    high = max(high, float(group[i]));
+  }
+  const S bias = S(low);
+  const S scale = S(max((high - low) / MOST, 1e-7f));
+  side[0] = pack_pair(scale, bias);
+#pragma unroll 4
+  for (int word = 0; word < GROUP * BITS / 32; word++) {
+    uint packed = 0;
+#pragma unroll
+    for (int i = 0; i < 32 / BITS; i++) {
+      const float code = (float(group[word * (32 / BITS) + i]) - float(bias)) / float(scale);
+      packed |= uint(min(max(rint(code), 0.0f), MOST)) << (i * BITS);
+    }
+    codes[word] = packed;
+  }
+}
+
+// -- pieces of a row, of WIDTH elements each --
+
+// From a row [DIM] to `offset` of a block of a head. A piece of codes is a group.
+template <int BITS, int GROUP, int BLOCK_SIZE, int DIM, int WIDTH, typename T>
+METAL_FUNC void write_piece(const device T* row, device uint* head, int offset, int piece) {
+  device uint* to = head + offset * (DIM * BITS / 32);
+  if (BITS < 16) {
+    device uint* sides = head + BLOCK_SIZE * (DIM * BITS / 32) + offset * (DIM / GROUP);
+    quantise<T, BITS, GROUP>(row + piece * GROUP, to + piece * (GROUP * BITS / 32), sides + piece);
+  } else {
+    uint words[WIDTH * BITS / 32];
+    load_words((const device uint*)(row + piece * WIDTH), words);
+    store_words(to + piece * (WIDTH * BITS / 32), words);
+  }
+}
+
+// From `offset` of a block of a head to a row [DIM]; zeros if there is no such position.
+template <int BITS, int GROUP, int BLOCK_SIZE, int DIM, int WIDTH, typename T>
+METAL_FUNC void read_piece(
+    const device uint* head, bool exists, int offset, int piece, device T* row) {
+  Share<T, BITS, GROUP, 1, WIDTH, DIM / WIDTH> share;
+  if (exists) {
+    load<BLOCK_SIZE>(share, head, offset, piece);
+  } else {
+#pragma unroll
+    for (int i = 0; i < WIDTH * BITS / 32; i++) {
+      share.words[0][i] = 0;
+    }
+    share.sides[0] = 0;
+  }
+  if (BITS < 16) {
+    float elements[WIDTH];
+    unpack(share, elements);
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) {
+      row[piece * WIDTH + i] = T(elements[i]);
+    }
+  } else {
+    store_words((device uint*)(row + piece * WIDTH), share.words[0]);
   }
 }
 

@@ -12,10 +12,11 @@
 // Loads run ahead: K of the next step is fetched as soon as its registers are free, then V.
 //
 // If APPEND, each sequence has one row, whose K and V come as inputs: they are put into the pool (in
-// place, see write_kv) and are where the softmax of their sequence's last run begins.
+// place, see write_kv) and are where the softmax of their sequence's last run begins. Not into a
+// quantised one.
 //
-// in:  q [rows][HEADS][K_DIM], k [rows][KV_HEADS][K_DIM], v [rows][KV_HEADS][V_DIM] (anything of
-//      the pools' type unless APPEND), k_pool, v_pool, block_tables [sequences][width],
+// in:  q [rows][HEADS][K_DIM], k [rows][KV_HEADS][K_DIM], v [rows][KV_HEADS][V_DIM] (anything
+//      unless APPEND), k_pool, v_pool, block_tables [sequences][width],
 //      work [items][8]: sequence, first key (of a block), end, first row of the partial results,
 //      the sequence's first row, number of rows and of positions, 0;
 //      ints: width, window; floats: scale, softcap; sinks [HEADS]; after
@@ -33,8 +34,8 @@ constexpr int SCORES = PADDED_QUERIES * KEYS;
 constexpr int OWN = SCORES > LANES ? SCORES / LANES : 1;     // finished scores of a lane
 constexpr int COPIES = SCORES < LANES ? LANES / SCORES : 1;  // lanes that hold the same score
 constexpr int QUERY_LANES = LANES / PADDED_QUERIES;          // lanes with scores of one query
-typedef mlxpage::Share<KV, K_SHARE / K_WIDTH, K_WIDTH, LANES> KShare;
-typedef mlxpage::Share<KV, V_SHARE / V_WIDTH, V_WIDTH, LANES> VShare;
+typedef mlxpage::Share<KV, K_BITS, K_GROUP, K_SHARE / K_WIDTH, K_WIDTH, LANES> KShare;
+typedef mlxpage::Share<KV, V_BITS, V_GROUP, V_SHARE / V_WIDTH, V_WIDTH, LANES> VShare;
 
 const int thread_index = int(thread_position_in_threadgroup.x);
 const int simd_group = int(simdgroup_index_in_threadgroup);
@@ -60,6 +61,8 @@ if (num_queries <= 0) {
 }
 const device int* table = block_tables + long(sequence) * ints[0];
 const int window = ints[1];
+const device uint* k_blocks = (const device uint*)k_pool;
+const device uint* v_blocks = (const device uint*)v_pool;
 
 // This lane's share of its rows of one step. Past the end it reads the last row again.
 const int group_begin = begin + simd_group * STEP + key_group * KEYS;
@@ -70,12 +73,12 @@ long next_block = 0;
 if (begin < end) {  // not only a row to append
   const int key = min(group_begin, end - 1);
   const long block = table[key / BLOCK_SIZE];
-  const long block_start = (block * KV_HEADS + kv_head) * BLOCK_SIZE;
+  const long head = block * KV_HEADS + kv_head;
 #pragma unroll
   for (int i = 0; i < KEYS; i++) {
-    const long at = block_start + min(key + i, end - 1) % BLOCK_SIZE;
-    mlxpage::load(key_shares[i], k_pool + at * K_DIM, lane);
-    mlxpage::load(value_shares[i], v_pool + at * V_DIM, lane);
+    const int offset = min(key + i, end - 1) % BLOCK_SIZE;
+    mlxpage::load<BLOCK_SIZE>(key_shares[i], k_blocks + head * K_HEAD, offset, lane);
+    mlxpage::load<BLOCK_SIZE>(value_shares[i], v_blocks + head * V_HEAD, offset, lane);
   }
   next_key = min(group_begin + STRIDE, end - 1);
   next_block = table[next_key / BLOCK_SIZE];
@@ -88,8 +91,8 @@ KShare new_k;
 VShare new_v;
 if (appends) {
   const long from = long(row_start) * KV_HEADS + kv_head;
-  mlxpage::load(new_k, k + from * K_DIM, lane);
-  mlxpage::load(new_v, v + from * V_DIM, lane);
+  mlxpage::load<BLOCK_SIZE>(new_k, (const device uint*)(k + from * K_DIM), 0, lane);
+  mlxpage::load<BLOCK_SIZE>(new_v, (const device uint*)(v + from * V_DIM), 0, lane);
 }
 
 // The queries, in the lanes' shares, scaled so that exp2 takes their products.
@@ -123,9 +126,10 @@ float total = 0.0f;
 if (appends) {
   if (key_group == 0 && first_query == 0) {
     const long block = table[(context - 1) / BLOCK_SIZE];
-    const long to = (block * KV_HEADS + kv_head) * BLOCK_SIZE + (context - 1) % BLOCK_SIZE;
-    mlxpage::store(new_k, (device KV*)(k_pool + to * K_DIM), lane);
-    mlxpage::store(new_v, (device KV*)(v_pool + to * V_DIM), lane);
+    const long head = block * KV_HEADS + kv_head;
+    const int offset = (context - 1) % BLOCK_SIZE;
+    mlxpage::store(new_k, (device uint*)k_pool + head * K_HEAD, offset, lane);
+    mlxpage::store(new_v, (device uint*)v_pool + head * V_HEAD, offset, lane);
   }
   float elements[K_SHARE];
   mlxpage::unpack(new_k, elements);
@@ -182,12 +186,12 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
 
   // The next step's K.
   const bool more = step + STRIDE < end;
-  const long next_start = (next_block * KV_HEADS + kv_head) * BLOCK_SIZE;
+  const long next_head = next_block * KV_HEADS + kv_head;
   if (more) {
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
-      const long at = next_start + min(next_key + i, end - 1) % BLOCK_SIZE;
-      mlxpage::load(key_shares[i], k_pool + at * K_DIM, lane);
+      const int offset = min(next_key + i, end - 1) % BLOCK_SIZE;
+      mlxpage::load<BLOCK_SIZE>(key_shares[i], k_blocks + next_head * K_HEAD, offset, lane);
     }
   }
 
@@ -270,8 +274,8 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
   if (more) {
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
-      const long at = next_start + min(next_key + i, end - 1) % BLOCK_SIZE;
-      mlxpage::load(value_shares[i], v_pool + at * V_DIM, lane);
+      const int offset = min(next_key + i, end - 1) % BLOCK_SIZE;
+      mlxpage::load<BLOCK_SIZE>(value_shares[i], v_blocks + next_head * V_HEAD, offset, lane);
     }
     next_key = min(next_key + STRIDE, end - 1);
     next_block = table[next_key / BLOCK_SIZE];

@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from mlxpage.errors import UnsupportedModel
 from mlxpage.metal.backend import mx
+
+
+class Format(NamedTuple):
+    """How a pool keeps the K, or the V, of one head: as it is, or quantised.
+
+    Quantised, a group of elements along the head is `code * scale + bias`, as in MLX's affine
+    format. A block of a head is its positions' codes in uint32 words, the first one in the lowest
+    bits, then their scales and biases: a word for each group, the scale in its lower half.
+    """
+
+    head_dim: int
+    dtype: mx.Dtype
+    bits: int | None = None
+    """Of a code, 8 or 4; None: not quantised."""
+
+    @property
+    def group_size(self) -> int:
+        return 64 if self.head_dim % 64 == 0 else 32
+
+    @property
+    def side_dtype(self) -> mx.Dtype:
+        """Of scales and biases."""
+        return mx.float16 if self.dtype == mx.float32 else self.dtype
+
+    @property
+    def element_bits(self) -> int:
+        return self.bits or 8 * self.dtype.size
+
+    @property
+    def row_words(self) -> int:
+        """Words of the codes, or of the elements themselves, of one position."""
+        return self.head_dim * self.element_bits // 32
+
+    @property
+    def side_words(self) -> int:
+        return self.head_dim // self.group_size if self.bits else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one position."""
+        return self.head_dim * self.element_bits // 8 + 4 * self.side_words
+
+    def block(self, block_size: int) -> tuple[tuple[int, ...], mx.Dtype]:
+        """Shape and dtype of a block of one head."""
+        if self.bits is None:
+            return (block_size, self.head_dim), self.dtype
+        return (block_size * (self.row_words + self.side_words),), mx.uint32
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +67,31 @@ class LayerSpec:
     k_head_dim: int
     v_head_dim: int
     dtype: mx.Dtype
+    k_bits: int | None = None
+    v_bits: int | None = None
+
+    @property
+    def k(self) -> Format:
+        return Format(self.k_head_dim, self.dtype, self.k_bits)
+
+    @property
+    def v(self) -> Format:
+        return Format(self.v_head_dim, self.dtype, self.v_bits)
 
     @property
     def bytes_per_token(self) -> int:
-        return self.kv_heads * (self.k_head_dim + self.v_head_dim) * self.dtype.size
+        return self.kv_heads * (self.k.nbytes + self.v.nbytes)
+
+    def quantised(self, k_bits: int | None, v_bits: int | None) -> LayerSpec:
+        """The same with K and V kept in so many bits. Raises UnsupportedModel for a head size that
+        can't be cut into groups."""
+        for name, size, bits in (("K", self.k_head_dim, k_bits), ("V", self.v_head_dim, v_bits)):
+            if bits and size % 32:
+                raise UnsupportedModel(
+                    f"{name} has heads of {size} elements, which is no multiple of 32: they can't "
+                    "be quantised in groups of 64 or 32. Leave kv_bits out."
+                )
+        return replace(self, k_bits=k_bits, v_bits=v_bits)
 
 
 class Attention(NamedTuple):
@@ -101,18 +170,48 @@ class Step:
         return mask if window is None else mask & (keys > queries - window)
 
 
+class PoolKind(NamedTuple):
+    """All of a pool but its blocks."""
+
+    kv_heads: int
+    block_size: int
+    k: Format
+    v: Format
+
+    @property
+    def is_quantised(self) -> bool:
+        return bool(self.k.bits or self.v.bits)
+
+    def shape(self, part: Format, num_blocks: int) -> tuple[tuple[int, ...], mx.Dtype]:
+        """Shape and dtype of the K or V array of a pool."""
+        of_head, dtype = part.block(self.block_size)
+        return (num_blocks + 1, self.kv_heads, *of_head), dtype
+
+
+class Blocks(NamedTuple):
+    """The K and V arrays of a pool, and how to read them. For kernels, the first block of each
+    will do."""
+
+    k: mx.array
+    v: mx.array
+    kind: PoolKind
+
+    @staticmethod
+    def plain(k: mx.array, v: mx.array) -> Blocks:
+        """Of arrays (num_blocks + 1, kv_heads, block_size, head_dim), not quantised."""
+        formats = Format(k.shape[3], k.dtype), Format(v.shape[3], v.dtype)
+        return Blocks(k, v, PoolKind(*k.shape[1:3], *formats))
+
+
 class Pool:
     """The blocks of one layer, full of zeros at first. Backends write and read them."""
 
     def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
-        shape = (num_blocks + 1, spec.kv_heads, block_size)
-        self.fill(
-            mx.zeros((*shape, spec.k_head_dim), spec.dtype),
-            mx.zeros((*shape, spec.v_head_dim), spec.dtype),
-        )
+        self.kind = kind = PoolKind(spec.kv_heads, block_size, spec.k, spec.v)
+        self.fill(*(mx.zeros(*kind.shape(part, num_blocks)) for part in (kind.k, kind.v)))
 
     def fill(self, k: mx.array, v: mx.array) -> None:
-        """Makes these the pools: (num_blocks + 1, kv_heads, block_size, head_dim) each."""
+        """Makes these the pools: of `PoolKind.shape` each."""
         self.k, self.v = k, v
 
 

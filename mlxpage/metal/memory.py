@@ -210,8 +210,7 @@ def _largest_buffer(specs: list[LayerSpec], num_blocks: list[int], block_size: i
         (num_blocks[groups.index(spec.window)] + 1)
         * block_size
         * spec.kv_heads
-        * spec.dtype.size
-        * max(spec.k_head_dim, spec.v_head_dim)
+        * max(spec.k.nbytes, spec.v.nbytes)
         for spec in specs
     )
 
@@ -238,6 +237,7 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
     logits = logit_rows * model.vocab_size * 4
     scores = heads * rows * context * _LAYERS_AT_ONCE
     scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES) * 4
-    layer = max(spec.bytes_per_token for spec in model.specs)
+    # Quantised blocks are gathered as they were.
+    layer = max(spec.quantised(None, None).bytes_per_token for spec in model.specs)
     gathered = layer * (_LAYERS_AT_ONCE * context + min(tokens, max_num_seqs * context))
     return activations + logits + scores + gathered

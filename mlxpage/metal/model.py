@@ -53,6 +53,13 @@ class Model:
         self._hooked: int | None = None
         seam.install()
 
+    def quantise_cache(self, k_bits: int | None, v_bits: int | None) -> None:
+        """Makes the next pools keep K and V in so many bits, 8 or 4; None: as they are.
+
+        Raises UnsupportedModel for head sizes that can't be quantised.
+        """
+        self.specs = [spec.quantised(k_bits, v_bits) for spec in self.specs]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""

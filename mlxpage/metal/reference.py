@@ -2,7 +2,8 @@
 
 A pool is `(num_blocks + 1, kv_heads, block_size, head_dim)`, one array for K and one for V of each
 layer. A block's positions of one head stand together, so that one head of one block is a single
-run of memory, for the products here as for a threadgroup that serves one head.
+run of memory, for the products here as for a threadgroup that serves one head. A quantised pool
+keeps words there (see `layout.Format`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 
 from mlxpage.metal import layout
 from mlxpage.metal.backend import mx
-from mlxpage.metal.layout import first_readable
+from mlxpage.metal.layout import Blocks, Format, first_readable
+from mlxpage.metal.quantised import columns, dequantised, quantise
 
 # MLX's own, taken before the seam puts its hook in this place.
 dense_attention = mx.fast.scaled_dot_product_attention
@@ -207,7 +209,12 @@ def _streams() -> list:
 
 
 def write(
-    pool: mx.array, rows: mx.array, blocks: mx.array, offsets: mx.array, begun: mx.array | None
+    pool: mx.array,
+    rows: mx.array,
+    part: Format,
+    blocks: mx.array,
+    offsets: mx.array,
+    begun: mx.array | None,
 ) -> mx.array:
     """The pool with `rows` (T, kv_heads, head_dim) at `offsets` (T,) of `blocks` (T,).
 
@@ -218,7 +225,13 @@ def write(
     """
     if begun is not None:
         pool[begun] = 0
-    pool[blocks, :, offsets] = rows
+    if part.bits is None:
+        pool[blocks, :, offsets] = rows
+    else:
+        words = quantise(rows, part)
+        block_size = pool.shape[2] // (part.row_words + part.side_words)
+        where = columns(part, offsets, block_size)[:, None]
+        pool[blocks[:, None, None], mx.arange(pool.shape[1])[:, None], where] = words
     return pool
 
 
@@ -234,17 +247,23 @@ def copy_blocks(pool: mx.array, pairs: np.ndarray) -> mx.array:
     return pool
 
 
-def gather(pool: mx.array, indices: mx.array) -> mx.array:
-    """(S, kv_heads, M * block_size, head_dim): the blocks at `Span.head_indices` in order."""
-    _, _, block_size, head_dim = pool.shape
-    taken = mx.take(pool.reshape(-1, block_size, head_dim), indices, axis=0)
-    return taken.reshape(*indices.shape[:2], -1, head_dim)
+def gather(blocks: Blocks, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """K and V (S, kv_heads, M * block_size, head_dim): the blocks at `Span.head_indices` in
+    order."""
+    k = _gathered(blocks.k, blocks.kind.k, blocks.kind.block_size, indices)
+    return k, _gathered(blocks.v, blocks.kind.v, blocks.kind.block_size, indices)
+
+
+def _gathered(pool: mx.array, part: Format, block_size: int, indices: mx.array) -> mx.array:
+    taken = mx.take(pool.flatten(0, 1), indices, axis=0)
+    if part.bits is not None:
+        taken = dequantised(taken, part, block_size)
+    return taken.reshape(*indices.shape[:2], -1, part.head_dim)
 
 
 def paged_attention(
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    blocks: Blocks,
     spans: list[Span],
     *,
     scale: float,
@@ -254,8 +273,7 @@ def paged_attention(
 
     Args:
         q: (T, heads, head_dim), the rows in the order of the plan.
-        k_pool: (num_blocks + 1, kv_heads, block_size, head_dim), the rows of this forward included.
-        v_pool: likewise; its head_dim may differ.
+        blocks: with the rows of this forward.
         spans: from `plan`.
         scale: factor of the scores.
         sinks: (heads,) a logit that takes part in each head's softmax without a value.
@@ -270,17 +288,13 @@ def paged_attention(
         stream = _streams()[span.stream]
         with mx.stream(stream) if stream else nullcontext():
             if not span.is_chunk:
-                outputs.append(_decode(rows, k_pool, v_pool, span, scale, sinks))
+                outputs.append(_decode(rows, blocks, span, scale, sinks))
                 continue
             if span.tables is not chunk:
-                chunk, k, v = span.tables, *_gathered(k_pool, v_pool, span)
+                indices = span.head_indices(blocks.kind.kv_heads)
+                chunk, k, v = span.tables, *gather(blocks, indices)
             outputs.append(_attend_piece(rows, k, v, span, scale, sinks))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-
-
-def _gathered(k_pool, v_pool, span):
-    indices = span.head_indices(k_pool.shape[1])
-    return gather(k_pool, indices), gather(v_pool, indices)
 
 
 def _attend_piece(q, k, v, span, scale, sinks):
@@ -291,13 +305,13 @@ def _attend_piece(q, k, v, span, scale, sinks):
     return out[0].swapaxes(0, 1)
 
 
-def _decode(q, k_pool, v_pool, span, scale, sinks):
+def _decode(q, blocks, span, scale, sinks):
     """q: (S, heads, head_dim), the last position of each of S sequences"""
-    all_float32 = q.dtype == k_pool.dtype == v_pool.dtype == mx.float32
+    all_float32 = q.dtype == blocks.k.dtype == blocks.v.dtype == mx.float32
     if all_float32 and mx.default_device() == mx.cpu:
-        return _decode_where_blocks_lie(q, k_pool, v_pool, span, scale, sinks)
+        return _decode_where_blocks_lie(q, blocks.k, blocks.v, span, scale, sinks)
     rows, heads, _ = q.shape
-    k, v = _gathered(k_pool, v_pool, span)
+    k, v = gather(blocks, span.head_indices(blocks.kind.kv_heads))
     out = dense_attention(q[:, :, None], k, v, scale=scale, mask=span.mask, sinks=sinks)
     return out.reshape(rows, heads, -1)
 
@@ -383,8 +397,8 @@ class Pool(layout.Pool):
     ) -> None:
         """k and v: (T, kv_heads, 1, head_dim). MLX itself knows what comes `after` what, and who
         reads."""
-        self.k = write(self.k, k.squeeze(2), *step.slots)
-        self.v = write(self.v, v.squeeze(2), *step.slots)
+        self.k = write(self.k, k.squeeze(2), self.kind.k, *step.slots)
+        self.v = write(self.v, v.squeeze(2), self.kind.v, *step.slots)
 
     def copy(self, pairs: np.ndarray, after: mx.array | None) -> mx.array | None:
         """Copies blocks (C, 2), of which none is a target before it is a source."""
@@ -393,13 +407,14 @@ class Pool(layout.Pool):
 
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
         """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
-        kv_heads = self.k.shape[1]
+        kv_heads = self.kind.kv_heads
         heads = mx.arange(kv_heads, dtype=mx.int32)[None, :, None]
         indices = step.row_tables[:, None, :] * kv_heads + heads
-        return gather(self.k, indices), gather(self.v, indices)
+        return gather(Blocks(self.k, self.v, self.kind), indices)
 
     def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
         """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
         spans = step.spans(window, q.shape[1])
-        out = paged_attention(q.squeeze(2), self.k, self.v, spans, scale=scale, sinks=sinks)
+        blocks = Blocks(self.k, self.v, self.kind)
+        out = paged_attention(q.squeeze(2), blocks, spans, scale=scale, sinks=sinks)
         return out[:, :, None]

@@ -13,8 +13,9 @@ from mlxpage.errors import InvalidModel, MlxpageError, UnsupportedModel
 from mlxpage.metal import kernels, reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, windows
-from mlxpage.metal.layout import Attention, LayerSpec, Rows
+from mlxpage.metal.layout import Attention, LayerSpec, PoolKind, Rows
 from mlxpage.metal.model import Model
+from mlxpage.metal.quantised import dequantised, quantised_blocks
 
 # Rounding that the dtype makes by itself, relative to the largest logit.
 _FLOOR = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 4e-2}
@@ -32,6 +33,9 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
     prompts come in chunks of several sequences, then as single rows. Every layer has to reach the
     attention hook, and the logits have to agree within the noise that mlx-lm shows itself when it
     takes the same prompt in one or in two forwards. Windows of up to 64 positions are passed.
+
+    All that is in a pool that isn't quantised. If the model's are, kernels have to come as near to
+    what the reference makes of such a pool as that is to the logits without quantising.
 
     Raises:
         UnsupportedModel: the model can't be run over a pool.
@@ -52,10 +56,11 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
     # A RoPE that takes one position, say.
     with _refusing(f"{model.family} can't compute tokens of several positions at once"):
         model.fetches = False
-        paged = _paged(model, prompts, block_size, backend, rng)
+        plain = [spec.quantised(None, None) for spec in model.specs]
+        paged = _paged(model, plain, prompts, block_size, backend, rng)
         if not all(np.isfinite(logits).all() for logits in paged):
             model.fetches = True  # it reads the K and V that most models only hand on
-            paged = _paged(model, prompts, block_size, backend, rng)
+            paged = _paged(model, plain, prompts, block_size, backend, rng)
 
     scale = max(np.abs(logits).max() for logits in dense)
     if noise > _MOST_NOISE * scale:
@@ -64,12 +69,23 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
             f"differ by {noise:.2g}, and the largest is {scale:.2g}"
         )
     allowed = _SLACK * noise + _FLOOR[_working_dtype(model)] * scale
-    for prompt, ours, theirs in zip(prompts, paged, dense, strict=True):
-        difference = np.abs(ours - theirs).max()
+    _compare(f"{model.family} computes something else over a block pool", paged, dense, allowed)
+    if model.specs != plain and backend is not reference:
+        ours, theirs = (
+            _paged(model, model.specs, prompts, block_size, each, rng)
+            for each in (backend, reference)
+        )
+        allowed += max(np.abs(a - b).max() for a, b in zip(theirs, paged, strict=True))
+        _compare(f"{model.family} computes otherwise over quantised blocks", ours, theirs, allowed)
+
+
+def _compare(what: str, ours: list[np.ndarray], theirs: list[np.ndarray], allowed: float) -> None:
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        difference = np.abs(a - b).max()
         if not difference <= allowed:
             raise UnsupportedModel(
-                f"{model.family} computes something else over a block pool: logits of a prompt of "
-                f"{len(prompt)} tokens differ by {difference:.2g}, where {allowed:.2g} is rounding"
+                f"{what}: logits of prompt {number} differ by {difference:.2g}, where "
+                f"{allowed:.2g} is rounding"
             )
 
 
@@ -100,15 +116,19 @@ def _dense(model: Model, *chunks: np.ndarray) -> np.ndarray:
 
 
 def _paged(
-    model: Model, prompts: list[np.ndarray], block_size: int, backend: ModuleType, rng
+    model: Model,
+    specs: list[LayerSpec],
+    prompts: list[np.ndarray],
+    block_size: int,
+    backend: ModuleType,
+    rng,
 ) -> list[np.ndarray]:
     num_blocks = sum(-(-len(prompt) // block_size) for prompt in prompts)
-    groups = windows(model.specs)
+    groups = windows(specs)
     sizes = [num_blocks] * len(groups), block_size
-    cache = KVCache(model.specs, *sizes, backend, fetches=model.fetches)
+    cache = KVCache(specs, *sizes, backend, fetches=model.fetches)
     for layer in cache.layers:  # what a freed block holds: somebody else's K and V
-        pools = layer.pool.k, layer.pool.v
-        layer.pool.fill(*(mx.array(rng.standard_normal(p.shape)).astype(p.dtype) for p in pools))
+        layer.pool.fill(*_random_blocks(layer.pool.kind, num_blocks, rng))
     mx.eval(cache.arrays())
     order = iter(rng.permutation(num_blocks) + 1)
     tables = [[next(order) for _ in range(-(-len(p) // block_size))] for p in prompts]
@@ -128,6 +148,14 @@ def _paged(
         return list(np.array(logits.astype(mx.float32)))
     finally:
         model.bind(previous)
+
+
+def _random_blocks(kind: PoolKind, num_blocks: int, rng) -> Iterator[mx.array]:
+    """The K and the V array of a pool."""
+    for part in (kind.k, kind.v):
+        shape = num_blocks + 1, kind.kv_heads, kind.block_size, part.head_dim
+        rows = mx.array(rng.standard_normal(shape, np.float32)).astype(part.dtype)
+        yield quantised_blocks(rows, part) if part.bits else rows
 
 
 def _rows(prompts, tables, spans, num_groups: int) -> Rows:
@@ -195,14 +223,16 @@ def check_attention(
     ):
         window = spec.window or 0
         cases = [(context + window, rows) for context, rows in sequences]
-        ours, theirs = _both(spec, attention, cases, block_size, run_length, is_read, rng)
-        limit = _KERNEL_ERROR[spec.dtype] * np.abs(theirs).max()
-        difference = np.abs(ours - theirs).max()
-        if not difference <= limit:
-            raise UnsupportedModel(
-                f"attention of {spec} differs from the reference by {difference:.2g}, where "
-                f"{limit:.2g} is rounding"
-            )
+        both = _both(spec, attention, cases, block_size, run_length, is_read, rng)
+        for what, bits, ours, theirs in both:
+            error = _KERNEL_ERROR[spec.dtype] + (2 / (2**bits - 1) if bits else 0)
+            limit = error * np.abs(theirs).max()
+            difference = np.abs(ours - theirs).max()
+            if not difference <= limit:
+                raise UnsupportedModel(
+                    f"{what} of {spec} differs from the reference by {difference:.2g}, where "
+                    f"{limit:.2g} is rounding"
+                )
 
 
 def _narrowed(spec: LayerSpec, attention: Attention) -> tuple[LayerSpec, Attention]:
@@ -229,8 +259,9 @@ def _attentions(model: Model, block_size: int) -> list[tuple[LayerSpec, Attentio
 
 def _both(
     spec, attention, sequences, block_size: int, run_length: int, is_read: bool, rng
-) -> tuple[np.ndarray, np.ndarray]:
-    """What kernels and reference give for random rows: outputs and written pools, flat."""
+) -> list[tuple[str, int | None, np.ndarray, np.ndarray]]:
+    """What kernels and reference give for random rows: its name, the bits that it is rounded to,
+    and both."""
     heads, dtype, window, scale, has_sinks = attention
     needed = [-(-context // block_size) for context, _ in sequences]
     order = iter((rng.permutation(sum(needed)) + 1).tolist())
@@ -242,27 +273,40 @@ def _both(
     def random(*shape, dtype=spec.dtype):
         return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
 
-    shape = (sum(needed) + 1, spec.kv_heads, block_size)
-    k_pool, v_pool = random(*shape, spec.k_head_dim), random(*shape, spec.v_head_dim)
     count = len(rows.positions)
     k = random(count, spec.kv_heads, 1, spec.k_head_dim)
     v = random(count, spec.kv_heads, 1, spec.v_head_dim)
     q = random(count, heads, 1, spec.k_head_dim, dtype=dtype)
     sinks = random(heads, dtype=dtype) if has_sinks else None
-    results = []
-    for backend in (kernels, reference):
-        pool = backend.Pool(spec, sum(needed), block_size)
-        pool.fill(k_pool + 0, v_pool + 0)
+    pools = [backend.Pool(spec, sum(needed), block_size) for backend in (kernels, reference)]
+    before = list(_random_blocks(pools[0].kind, sum(needed), rng))
+    ours, theirs = [], []
+    for pool, backend, found in zip(pools, (kernels, reference), (ours, theirs), strict=True):
+        pool.fill(*(array + 0 for array in before))
         mx.eval(pool.arrays())
         step = backend.Step(rows, rows.block_tables[0], block_size, spec.window)
         if isinstance(step, kernels.Step):
             step.run_length = run_length
         pool.write(step, k, v, None, is_read=is_read)
+        out = pool.attend(step, q, window, scale, sinks)
+        mx.eval(out, pool.written())
         # A row of each sequence's last block: what no row wrote may differ.
-        written = mx.array(step.write_blocks), mx.array(rows.positions % block_size)
-        outputs = [pool.attend(step, q, window, scale, sinks)]
-        mx.eval(outputs, pool.written())
-        outputs += [pool.k[written[0], :, written[1]], pool.v[written[0], :, written[1]]]
-        flat = [array.astype(mx.float32).reshape(-1) for array in outputs]
-        results.append(np.array(mx.concatenate(flat)))
-    return results[0], results[1]
+        written = _written(pool, step.write_blocks, rows.positions % block_size)
+        found += [np.array(array.astype(mx.float32)) for array in (out, *written)]
+    if spec.k_bits or spec.v_bits:
+        # What lies between two codes may become either: attention is compared over the same ones.
+        pool.fill(pools[0].k, pools[0].v)
+        out = pool.attend(step, q, window, scale, sinks)
+        theirs[0] = np.array(out.astype(mx.float32))
+    names = "attention", "a written K", "a written V"
+    return list(zip(names, (None, spec.k_bits, spec.v_bits), ours, theirs, strict=True))
+
+
+def _written(pool, blocks: np.ndarray, offsets: np.ndarray) -> Iterator[mx.array]:
+    """K and V (T, kv_heads, head_dim) at `offsets` of `blocks`."""
+    blocks, offsets = mx.array(blocks), mx.array(offsets)
+    for array, part in ((pool.k, pool.kind.k), (pool.v, pool.kind.v)):
+        held = array[blocks]
+        if part.bits:
+            held = dequantised(held, part, pool.kind.block_size)
+        yield held[mx.arange(len(blocks)), :, offsets]

@@ -16,6 +16,8 @@ from metal.test_reference import Case, make
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels import attention, launch, moving, work
+from mlxpage.metal.layout import Blocks, Format, PoolKind
+from mlxpage.metal.quantised import dequantised, quantise, quantised_blocks
 
 # Of the norm, over inputs that are rounded to the type first.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
@@ -135,6 +137,24 @@ def case(rng, sequences, dtype=mx.float32, kv_dtype=None, **options) -> Case:
     return rounded_case(made, dtype, kv_dtype or dtype)
 
 
+def coded_case(case: Case, kv_dtype: mx.Dtype, bits: tuple[int | None, int | None]) -> Case:
+    """A case whose K and V are what a pool with codes of so many bits makes of them."""
+
+    def coded(rows: np.ndarray, bits: int | None) -> np.ndarray:
+        if not bits:
+            return rows
+        part = Format(rows.shape[-1], kv_dtype, bits)
+        words = quantise(array(rows, kv_dtype), part)
+        # Of a block with one position, in float32: attention doesn't round what it reads.
+        return floats(dequantised(words, part, 1, mx.float32)[..., 0, :])
+
+    return replace(
+        case,
+        keys=[coded(keys, bits[0]) for keys in case.keys],
+        values=[coded(values, bits[1]) for values in case.values],
+    )
+
+
 def exact(case: Case, softcap: float = 0.0) -> np.ndarray:
     """The definition in float64, a row of all heads at a time: (T, heads, v_dim)."""
     heads, kv_heads = case.q.shape[1], case.keys[0].shape[1]
@@ -174,10 +194,11 @@ def attended(
     *,
     softcap: float = 0.0,
     split: bool = False,
+    bits: tuple[int | None, int | None] = (None, None),
     append: bool = False,
 ) -> np.ndarray:
-    """What `kernels.paged_attention` makes of a case. With `append`, the rows' own K and V aren't
-    in the pools before, but are after it."""
+    """What `kernels.paged_attention` makes of a case, its K and V in codes of so many bits. With
+    `append`, the rows' own K and V aren't in the pools before, but are after it."""
     planned = kernels.plan_work(
         case.starts, case.contexts, case.tables, case.block_size, case.window, work.RunCost(1, 1, 1)
     )
@@ -187,11 +208,11 @@ def attended(
         at = slots(case)
         new = tuple(array(pool[at], kv_dtype)[:, :, None] for pool in pools)
         pools = [without(pool, at) for pool in pools]
-    pools = [array(pool, kv_dtype) for pool in pools]
-    mx.eval(pools)
+    blocks = blocks_of(*pools, kv_dtype, bits)
+    expected = blocks_of(case.k_pool, case.v_pool, kv_dtype, bits)
     out, fence = kernels.paged_attention(
         array(case.q, dtype)[:, :, None],
-        *pools,
+        blocks,
         planned,
         FENCE,
         scale=case.scale,
@@ -202,9 +223,27 @@ def attended(
     assert out.dtype == dtype
     mx.eval(out, fence)
     assert fence.dtype == mx.int32 and fence.size >= 8
-    for pool, expected in zip(pools, (case.k_pool, case.v_pool), strict=True):
-        assert np.array_equal(floats(pool), floats(array(expected, kv_dtype)), equal_nan=True)
+    for pool, then in zip(blocks[:2], expected[:2], strict=True):
+        assert np.array_equal(contents(pool), contents(then)), "the pools are as they should be"
     return floats(out[:, :, 0])
+
+
+def blocks_of(k_pool: np.ndarray, v_pool: np.ndarray, dtype: mx.Dtype, bits) -> Blocks:
+    """Evaluated, of pools (num_blocks + 1, kv_heads, block_size, head_dim)."""
+    formats = [
+        Format(pool.shape[-1], dtype, each)
+        for pool, each in zip((k_pool, v_pool), bits, strict=True)
+    ]
+    arrays = [
+        quantised_blocks(array(pool, dtype), part) if part.bits else array(pool, dtype)
+        for pool, part in zip((k_pool, v_pool), formats, strict=True)
+    ]
+    mx.eval(arrays)
+    return Blocks(*arrays, PoolKind(*k_pool.shape[1:3], *formats))
+
+
+def contents(pool: mx.array) -> np.ndarray:
+    return np.array(pool.view(mx.uint8))
 
 
 def slots(case: Case) -> tuple:

@@ -15,6 +15,7 @@ from paging import ONE_RUN, TOLERANCE
 from mlxpage.errors import UnsupportedModel
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import mx
+from mlxpage.metal.layout import Format
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +32,11 @@ DTYPES = {
     "float32 over float16": (mx.float32, mx.float16),
     "float32 over bfloat16": (mx.float32, mx.bfloat16),
 }
+# Of K's and V's codes.
+BITS = {"plain": (None, None), "8": (8, 8), "4": (4, 4), "8/plain": (8, None), "plain/4": (None, 4)}
 VALUES = {
     "dtype": list(DTYPES),
+    "bits": list(BITS),
     "head": [64, 80, 96, 112, 128, 192, 256, "192/128"],
     "group": [1, 2, 3, 4, 6, 7, 8, 12, 16],
     "block_size": [16, 32],
@@ -48,8 +52,14 @@ VALUES = {
 
 
 def is_possible(setting: dict) -> bool:
-    """A window of one position is a single run of keys."""
-    return not (setting.get("split") and setting.get("window") == 1)
+    """A window of one position is a single run of keys. Codes come in groups of 32 or 64, and are
+    written before."""
+    if setting.get("split") and setting.get("window") == 1:
+        return False
+    is_quantised = setting.get("bits", "plain") != "plain"
+    return not is_quantised or (
+        setting.get("head") not in (80, 112) and setting.get("rows") != "appended"
+    )
 
 
 def name(setting: dict) -> str:
@@ -85,6 +95,7 @@ def check(setting: dict, seed: int) -> None:
         sinks=setting["sinks"],
         heads=(kv_heads, setting["group"], int(k_dim), int(v_dim or k_dim)),
     )
+    bits = BITS[setting["bits"]]
     run_length = setting["block_size"] if setting["window"] == 13 else 64
     softcap = setting["softcap"]
     with (
@@ -95,9 +106,10 @@ def check(setting: dict, seed: int) -> None:
             *(case, dtype, kv_dtype),
             softcap=softcap,
             split=setting["split"],
+            bits=bits,
             append=setting["rows"] == "appended",
         )
-    error = paging.error(out, paging.exact(case, softcap))
+    error = paging.error(out, paging.exact(paging.coded_case(case, kv_dtype, bits), softcap))
     assert error < TOLERANCE[dtype], f"{error:.2g} {case}"
 
 
@@ -241,17 +253,22 @@ def test_the_sequences_of_a_step_may_share_blocks():
 
 @pytest.mark.parametrize("head, itemsize", [((66, 64), 4), ((64, 100), 2), ((20, 20), 2)])
 def test_a_head_size_that_the_lanes_cannot_share_is_refused(head, itemsize):
+    dtype = {2: mx.float16, 4: mx.float32}[itemsize]
     with pytest.raises(UnsupportedModel, match=f"heads of {head[0]} and {head[1]} elements"):
-        kernels.tiling(*head, 1, itemsize, 16, False)
+        kernels.tiling(*(Format(size, dtype) for size in head), 1, 16, False)
 
 
 def test_every_tiling_fits_into_a_threadgroup():
     heads = [8, 12, 20, 24, 64, 80, 96, 112, 128, 192, 256]
-    sizes = itertools.product(heads, range(1, 129), [2, 4], [16, 32])
-    sizes = (size for size in sizes if size[0] % (16 // size[2]) == 0)
-    for head, queries, itemsize, block_size in sizes:
+    formats = [*((mx.float32, None), (mx.float16, None), (mx.float16, 8), (mx.float16, 4))]
+    sizes = itertools.product(heads, range(1, 129), formats, [16, 32])
+    for head, queries, (dtype, bits), block_size in sizes:
+        part = Format(head, dtype, bits)
+        if head * part.element_bits % 128 or (bits and head % 32):
+            continue
         for cuda in (False, True):
-            shape = kernels.tiling(head, head, queries, itemsize, block_size, cuda)
+            shape = kernels.tiling(part, part, queries, block_size, cuda)
+            assert part.group_size % shape.k_width == 0, "a load has one scale"
             assert shape.queries <= shape.padded_queries <= min(8, shape.lanes)
             assert block_size % shape.keys == 0
             assert shape.simd_groups * shape.queries * (head + 2) * 4 <= 32 * 1024

@@ -7,6 +7,7 @@ A mutant that nothing catches says that a check is missing, in the cases or in t
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 
 import metal_sim
@@ -28,7 +29,7 @@ MUTANTS = [
     (ATTENTION, "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
     (ATTENTION, "at <= last_key && at > first_key", "at <= last_key"),
     (ATTENTION, "total *= factor;", ""),
-    (ATTENTION, "const long at = block_start + min(key + i, end - 1)", "const long at = block_start + key + i"),
+    (ATTENTION, "const int offset = min(key + i, end - 1) % BLOCK_SIZE;", "const int offset = (key + i) % BLOCK_SIZE;"),
     (ATTENTION, "if (simd_any(new_largest > largest)) {", "if (new_largest > largest) {"),
     (MERGE, "if (row >= ints[0]) {", "if (row > ints[0]) {"),
     (MERGE, "SINKS && lane == 0 ?", "SINKS ?"),
@@ -68,30 +69,43 @@ MUTANTS = [
     (ATTENTION, "if (key_group == 0 && first_query == 0) {", "if (key_group == 0) {"),
     (ATTENTION, "if (begin < end) {", "if (true) {"),
     (ATTENTION, "long(row_start) * KV_HEADS + kv_head;", "long(sequence) * KV_HEADS;"),
-    (ATTENTION, "+ (context - 1) % BLOCK_SIZE;", "+ context % BLOCK_SIZE;"),
+    (ATTENTION, "const int offset = (context - 1) % BLOCK_SIZE;", "const int offset = context % BLOCK_SIZE;"),
     (ATTENTION, "const long block = table[(context - 1) / BLOCK_SIZE];", "const long block = table[context / BLOCK_SIZE];"),
-    (ATTENTION, "mlxpage::store(new_v, (device KV*)(v_pool + to * V_DIM), lane);", ""),
+    (ATTENTION, "mlxpage::store(new_v, (device uint*)v_pool + head * V_HEAD, offset, lane);", ""),
     (ATTENTION, "largest = i == own_query ? score : largest;", "largest = score;"),
     (ATTENTION, "largest = floats[1] * mlxpage::LOG2_E * tanh(largest);", ""),
     (ATTENTION, "total = lane % QUERY_LANES < COPIES ? 1.0f : 0.0f;", "total = 1.0f;"),
     (ATTENTION, "sums[i][j] = values[j];", "sums[i][j] = 0.0f;"),
     (ATTENTION, "score += simd_shuffle_xor(score, ushort(mask));", ""),
-    (COMMON, "store_words((device uint*)(row + (piece * LANES + lane) * WIDTH), share.words[piece]);", "store_words((device uint*)(row + lane * WIDTH), share.words[piece]);"),
+    (COMMON, "store_words(head + offset * ROW + part * (WIDTH * BITS / 32), share.words[piece]);", "store_words(head + offset * ROW + lane * (WIDTH * BITS / 32), share.words[piece]);"),
     (MERGE, "const long stride = long(rows) * HEADS;", "const long stride = HEADS;"),
     (MERGE, "run < runs; run++", "run + 1 < runs; run++"),
     (MERGE, "fast::exp2(stats[at] - largest) * stats[at + 1]", "stats[at + 1]"),
     (MERGE, "if (element < V_DIM) {", "if (element <= V_DIM) {"),
     (WRITE, "fence[index] = 1;", ""),
-    (WRITE, "+ slot % BLOCK_SIZE;", "+ slot % BLOCK_SIZE + 1;"),
-    (WRITE, "(device uint*)(v_pool + to * V_DIM + start)", "(device uint*)(v_pool + to * K_DIM + start)"),
-    (WRITE, "const int head = index / PIECES % KV_HEADS;", "const int head = index / PIECES % (KV_HEADS + 1);"),
+    (WRITE, "const int offset = slot % BLOCK_SIZE;", "const int offset = slot % BLOCK_SIZE + 1;"),
+    (WRITE, "(device uint*)v_pool + to * V_HEAD;", "(device uint*)v_pool + to * K_HEAD;"),
+    (WRITE, "const int kv_head = index / PIECES % KV_HEADS;", "const int kv_head = index / PIECES % (KV_HEADS + 1);"),
     (GATHER, "const int column = exists ? position / BLOCK_SIZE : 0;", "const int column = position / BLOCK_SIZE + 1;"),
     (GATHER, "if (sequence >= ints[2]) {", "if (sequence > ints[2]) {"),
-    (COPY, "const long size = long(PIECES - K_PIECES) * WIDTH;", "const long size = long(K_PIECES) * WIDTH;"),
+    (COPY, "blocks + (source * V_PIECES + piece - K_PIECES) * WORDS", "blocks + (source * K_PIECES + piece - K_PIECES) * WORDS"),
     (COPY, "if (copy >= ints[0]) {", "if (copy > ints[0]) {"),
     (COMMON, "words[3] = v.w;", "words[3] = v.z;"),
     (COMMON, "to[0] = as_type<float>(word << 16);", "to[0] = as_type<float>(word << 15);"),
-    (COMMON, "load_words((const device uint*)(row + (piece * LANES + lane) * WIDTH)", "load_words((const device uint*)(row + (piece * LANES + lane) * WIDTH + 1)"),
+    (COMMON, "load_words(head + offset * ROW + part * (WIDTH * BITS / 32), share.words[piece]);", "load_words(head + offset * ROW + part * (WIDTH * BITS / 32) + 1, share.words[piece]);"),
+    (COMMON, "head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];", "head[BLOCK_SIZE * ROW + offset * SIDES];"),
+    (COMMON, "head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];", "head[BLOCK_SIZE * ROW + part * WIDTH / GROUP];"),
+    (COMMON, "const uint code = word >> (i * BITS) & ((1u << BITS) - 1u);", "const uint code = word >> (i * BITS) & 255u;"),
+    (COMMON, "to[i] = value * scale_and_bias[0] + scale_and_bias[1];", "to[i] = value * scale_and_bias[0];"),
+    (COMMON, "const uint side = BITS < 16 ? share.sides[piece] : 0;", "const uint side = BITS < 16 ? share.sides[0] : 0;"),
+    (COMMON, "high = max(high, float(group[i]));", ""),
+    (COMMON, "for (int i = 1; i < GROUP; i++) {", "for (int i = 1; i < GROUP - 1; i++) {"),
+    (COMMON, "return uint(as_type<ushort>(low)) | uint(as_type<ushort>(high)) << 16;", "return uint(as_type<ushort>(high)) | uint(as_type<ushort>(low)) << 16;"),
+    (COMMON, "min(max(rint(code), 0.0f), MOST)", "min(max(code, 0.0f), MOST)"),
+    (COMMON, "min(max(rint(code), 0.0f), MOST)", "max(rint(code), 0.0f)"),
+    (COMMON, "+ offset * (DIM / GROUP);", "+ offset;"),
+    (COMMON, "for (int word = 0; word < GROUP * BITS / 32; word++) {", "for (int word = 0; word < GROUP * BITS / 32 - 1; word++) {"),
+    (COMMON, "if (exists) {", "if (true) {"),
 ]  # fmt: skip
 
 
@@ -102,7 +116,7 @@ def fresh_kernels(metal):
 
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
-# (sequences, options, dtypes of queries and pool, length of runs, CUDA's tiling, softcap)
+# (sequences, options, dtypes of queries and pool, length of runs, CUDA's tiling, softcap), and bits
 CASES = [
     ([(1, 1), (16, 1), (200, 1)], {"heads": (2, 3, 64, 32)}, (F32, F32), ONE_RUN, False, 0),
     ([(193, 1), (65, 2), (300, 4)], {"heads": (2, 3, 64, 80), "sinks": True}, (F32, F32), 64, False, 0),
@@ -111,34 +125,39 @@ CASES = [
     ([(70, 1), (33, 2)], {"heads": (1, 12, 128, 128), "block_size": 32}, (BF16, BF16), ONE_RUN, True, 0),
     ([(150, 1)], {"heads": (1, 1, 64, 64)}, (BF16, BF16), 48, True, 0),
     ([(193, 1), (65, 1)], {"heads": (2, 12, 64, 80), "window": 40}, (F32, F16), 32, False, 1.5),
+    ([(70, 1), (33, 2)], {"heads": (2, 2, 128, 96)}, (F32, F32), ONE_RUN, False, 0, (8, 4)),
+    ([(70, 1), (33, 2)], {"heads": (1, 4, 64, 128)}, (BF16, BF16), 32, True, 0, (4, 8)),
 ]  # fmt: skip
 
 
 def check_attention() -> None:
-    for sequences, options, dtypes, run, cuda, softcap in CASES:
+    for sequences, options, dtypes, run, cuda, softcap, *rest in CASES:
+        (bits,) = rest or [test_moving.PLAIN]
         case = paging.case(np.random.default_rng(0), sequences, *dtypes, **options)
         may_append = all(rows == 1 for _, rows in sequences)
+        expected = paging.exact(paging.coded_case(case, dtypes[1], bits), softcap)
         for append in (False, True) if may_append else (False,):
             with paging.cut(run, cuda):
-                out = paging.attended(
-                    case, *dtypes, softcap=softcap, split=run < ONE_RUN, append=append
-                )
-            assert paging.error(out, paging.exact(case, softcap)) < TOLERANCE[dtypes[0]]
+                cuts = {"split": run < ONE_RUN, "append": append}
+                out = paging.attended(case, *dtypes, softcap=softcap, bits=bits, **cuts)
+            assert paging.error(out, expected) < TOLERANCE[dtypes[0]]
     test_attention.test_attention_of_rows_that_are_appended(
         "a first row behind one that fills a block", False, None
     )
 
 
 def check_moving() -> None:
-    wide, narrow = (3, 80, 96, 32), (2, 18, 16, 16)
-    for dtype, shape in ((F32, wide), (BF16, wide), (F32, narrow), (BF16, narrow)):
-        test_moving.test_rows_land_in_their_slots_and_nowhere_else(shape, dtype, 5, None)
+    wide, narrow = ((3, 80, 96, 32), (None, None)), ((2, 16, 24, 16), (None, None))
+    coded, mixed = ((2, 128, 96, 16), (8, 4)), ((2, 32, 64, 16), (None, 8))
+    for dtype, shape in itertools.product((F32, BF16), (wide, narrow, coded, mixed)):
+        test_moving.test_rows_land_in_their_slots_and_nowhere_else(*shape, dtype, 5, None)
         test_moving.test_a_gathered_sequence_is_in_order_and_zero_behind_its_end(
-            shape, dtype, [16, 40, 33], None
+            *shape, dtype, [16, 40, 33], None
         )
         test_moving.test_copied_blocks_are_the_same_and_the_others_are_as_they_were(
-            shape, dtype, [(3, 4), (3, 5), (6, 1), (7, 12), (9, 8)], None
+            *shape, dtype, [(3, 4), (3, 5), (6, 1), (7, 12), (9, 8)], None
         )
+    test_moving.test_elements_that_are_all_alike_are_kept(8, F32)
 
 
 def check() -> None:

@@ -145,7 +145,9 @@ def test_k_in_the_place_of_v_is_stopped(monkeypatch, dtype):
     monkeypatch.setattr(
         reference,
         "paged_attention",
-        lambda q, k, v, *args, **options: paged_attention(q, v, k, *args, **options),
+        lambda q, blocks, *args, **options: paged_attention(
+            q, blocks._replace(k=blocks.v, v=blocks.k), *args, **options
+        ),
     )
     assert refused("llama", dtype)
 
@@ -174,10 +176,11 @@ def test_forgotten_sinks_are_stopped(monkeypatch):
 def test_a_bug_in_a_single_layer_is_stopped(monkeypatch, layer):
     paged_attention, calls = reference.paged_attention, []
 
-    def sometimes(q, k, v, *args, **options):
+    def sometimes(q, blocks, *args, **options):
         calls.append(1)
-        wrong = (len(calls) - 1) % 3 == layer
-        return paged_attention(q, k, mx.roll(v, 1, axis=1) if wrong else v, *args, **options)
+        if (len(calls) - 1) % 3 == layer:
+            blocks = blocks._replace(v=mx.roll(blocks.v, 1, axis=1))
+        return paged_attention(q, blocks, *args, **options)
 
     monkeypatch.setattr(reference, "paged_attention", sometimes)
     assert refused("llama")
@@ -192,8 +195,8 @@ def test_rows_in_the_wrong_slot_are_stopped(monkeypatch, off):
     monkeypatch.setattr(
         reference,
         "write",
-        lambda pool, rows, blocks, offsets, begun: write(
-            pool, rows, blocks, (offsets + off) % 16, begun
+        lambda pool, rows, part, blocks, offsets, begun: write(
+            pool, rows, part, blocks, (offsets + off) % 16, begun
         ),
     )
     assert refused("llama")

@@ -8,7 +8,7 @@ On a GPU nothing but these kernels touches a pool.
 """
 
 from mlxpage.metal.kernels.attention import paged_attention
-from mlxpage.metal.kernels.moving import copy_blocks, gather, pool_kind, write
+from mlxpage.metal.kernels.moving import copy_blocks, gather, write
 from mlxpage.metal.kernels.pool import COMPILES, LOOK_AHEAD, Pool, Step
 from mlxpage.metal.kernels.work import plan_work, run_cost, tiling
 
@@ -21,7 +21,6 @@ __all__ = [
     "gather",
     "paged_attention",
     "plan_work",
-    "pool_kind",
     "run_cost",
     "tiling",
     "write",

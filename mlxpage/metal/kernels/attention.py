@@ -6,14 +6,14 @@ from functools import lru_cache
 
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.launch import Launch, at_least_8, floats, ints, launch, on_cuda
-from mlxpage.metal.kernels.moving import pool_kind
+from mlxpage.metal.kernels.moving import pool_template
 from mlxpage.metal.kernels.work import Work, tiling
+from mlxpage.metal.layout import Blocks, PoolKind
 
 
 def paged_attention(
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    blocks: Blocks,
     work: Work,
     after: mx.array,
     *,
@@ -26,31 +26,31 @@ def paged_attention(
 
     Args:
         q: (rows, heads, 1, k_dim), float32, float16 or bfloat16.
-        k_pool: (num_blocks + 1, kv_heads, block_size, k_dim), likewise; or its first block.
-        v_pool: (num_blocks + 1, kv_heads, block_size, v_dim), likewise.
         after: int32, 8 elements or more; all is read and written once it's computed.
         scale: factor of the scores.
         sinks: (heads,) a logit in each head's softmax that has no value.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
         new: K (rows, kv_heads, 1, k_dim) and V (rows, kv_heads, 1, v_dim) of the rows, in the
             pool's dtype, one row to a sequence: they are written too, in place. Without it they
-            are in the pool already.
+            are in the pool already. Not for a quantised pool.
 
     Returns:
         (rows, heads, 1, v_dim), and a fence, as `write` does.
     """
     if new is not None and work.max_rows > 1:
         raise ValueError(f"a sequence has {work.max_rows} rows; only one of each can be appended")
+    if new is not None and blocks.kind.is_quantised:
+        raise ValueError("rows can't be appended to a quantised pool; write them")
     heads = q.shape[1]
     attend, merge = _attention_launches(
         (q.dtype, heads, sinks is not None, softcap > 0, new is not None),
-        (pool_kind(k_pool), v_pool.shape[3]),
+        blocks.kind,
         (work.rows, work.max_rows, work.items, work.partial_rows),
     )
     numbers = floats(scale, softcap)
     sinks = numbers if sinks is None else at_least_8(sinks)
-    k, v = new or (k_pool[:1], v_pool[:1])  # not read
-    out, stats = attend(q, k, v, k_pool, v_pool, *work.inputs, numbers, sinks, after)
+    k, v = new or (q, q)  # not read
+    out, stats = attend(q, k, v, blocks.k, blocks.v, *work.inputs, numbers, sinks, after)
     fence = at_least_8(stats).view(mx.int32)
     if merge is not None:
         (out,) = merge(out, stats, *work.merge_inputs, sinks, ints(work.rows))
@@ -58,23 +58,18 @@ def paged_attention(
 
 
 @lru_cache(1024)
-def _attention_launches(queries, pools, work) -> tuple[Launch, Launch | None]:
+def _attention_launches(queries, kind: PoolKind, work) -> tuple[Launch, Launch | None]:
     """The launch of paged_attention, and that of merge_partials if there is something to merge."""
     dtype, heads, has_sinks, has_softcap, appends = queries
-    ((kv_heads, block_size, k_dim), kv_dtype), v_dim = pools
     rows, max_rows, items, partial_rows = work
-    group = heads // kv_heads
-    shape = tiling(k_dim, v_dim, group * max_rows, kv_dtype.size, block_size, on_cuda())
+    group, v_dim = heads // kind.kv_heads, kind.v.head_dim
+    shape = tiling(kind.k, kind.v, group * max_rows, kind.block_size, on_cuda())
     out_dtype = mx.float32 if partial_rows else dtype
     template = {
+        **pool_template(kind),
         "T": dtype,
-        "KV": kv_dtype,
         "Out": out_dtype,
-        "K_DIM": k_dim,
-        "V_DIM": v_dim,
-        "KV_HEADS": kv_heads,
         "GROUP": group,
-        "BLOCK_SIZE": block_size,
         **{name.upper(): value for name, value in shape._asdict().items()},
         "SINKS": has_sinks,
         "SOFTCAP": has_softcap,
@@ -87,7 +82,7 @@ def _attention_launches(queries, pools, work) -> tuple[Launch, Launch | None]:
     attend = launch(
         "paged_attention",
         template,
-        (items * threads, kv_heads * passes, 1),
+        (items * threads, kind.kv_heads * passes, 1),
         threads,
         ((*results, 1, v_dim), out_dtype),
         ((*results, 2), mx.float32),

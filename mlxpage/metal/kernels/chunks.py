@@ -10,7 +10,7 @@ from mlxpage.metal import reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.launch import padded
 from mlxpage.metal.kernels.moving import gather
-from mlxpage.metal.layout import first_readable
+from mlxpage.metal.layout import Blocks, first_readable
 
 _dense_attention = reference.dense_attention
 
@@ -101,8 +101,7 @@ def _chunk(starts, contexts, tables, first, which, block_size, window, most_scor
 
 def attend_chunk(
     q: mx.array,
-    k_pool: mx.array,
-    v_pool: mx.array,
+    blocks: Blocks,
     chunk: Chunk,
     fence: mx.array,
     *,
@@ -110,7 +109,7 @@ def attend_chunk(
     sinks: mx.array | None,
 ) -> mx.array:
     """Attention of a chunk's rows `q` (rows, heads, 1, k_dim): (rows, heads, 1, v_dim)."""
-    k, v = gather(k_pool, v_pool, chunk.tables, chunk.lengths, chunk.shape, fence)
+    k, v = gather(blocks, chunk.tables, chunk.lengths, chunk.shape, fence)
     if chunk.pieces is not None:
         q = q.transpose(2, 1, 0, 3)
         outs = [

@@ -9,49 +9,40 @@ import numpy as np
 
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.launch import LEAST, Launch, ints, one_thread_a_piece, padded
-
-PoolKind = tuple[tuple[int, int, int], mx.Dtype]  # a pool's shape but its blocks, and its dtype
-
-
-def _pool_template(k_pool: PoolKind, v_dim: int) -> dict:
-    (kv_heads, block_size, k_dim), dtype = k_pool
-    return {
-        "KV": dtype,
-        "K_DIM": k_dim,
-        "V_DIM": v_dim,
-        "KV_HEADS": kv_heads,
-        "BLOCK_SIZE": block_size,
-        "WIDTH": load_width(k_dim, v_dim, itemsize=dtype.size),
-    }
+from mlxpage.metal.layout import Blocks, Format, PoolKind
 
 
-def pool_kind(pool: mx.array) -> PoolKind:
-    return pool.shape[1:], pool.dtype
+@lru_cache(256)
+def pool_template(kind: PoolKind) -> dict:
+    """What the texts are told about a pool."""
+    template = {"KV": kind.k.dtype, "KV_HEADS": kind.kv_heads, "BLOCK_SIZE": kind.block_size}
+    for name, part in (("K", kind.k), ("V", kind.v)):
+        template |= {
+            f"{name}_DIM": part.head_dim,
+            f"{name}_BITS": part.element_bits,
+            f"{name}_GROUP": part.group_size,
+            f"{name}_HEAD": kind.block_size * (part.row_words + part.side_words),
+        }
+    return template
 
 
-def _head_pieces(template: dict) -> int:
-    """Pieces of one head's K and V at one position."""
-    return (template["K_DIM"] + template["V_DIM"]) // template["WIDTH"]
+def _piece_width(part: Format) -> int:
+    """Elements that a thread moves: 16 bytes of them at most, or those in a word of codes."""
+    width = math.gcd(part.head_dim, 16 // part.dtype.size)
+    return max(width, 32 // part.bits) if part.bits else width
 
 
-def load_width(*sizes: int, itemsize: int) -> int:
-    """Elements in the widest load, of 16 bytes at most, that divides all sizes."""
-    width = 16 // itemsize
-    while any(size % width for size in sizes):
-        width //= 2
-    return width
+def _template(kind: PoolKind) -> dict:
+    widths = {"K_WIDTH": _piece_width(kind.k), "V_WIDTH": _piece_width(kind.v)}
+    return pool_template(kind) | widths
 
 
-def write(
-    k: mx.array, v: mx.array, k_pool: mx.array, v_pool: mx.array, slots: mx.array, after: mx.array
-) -> mx.array:
-    """Writes rows into their slots of the pools, in place.
+def write(k: mx.array, v: mx.array, blocks: Blocks, slots: mx.array, after: mx.array) -> mx.array:
+    """Writes rows into their slots of a pool, in place, quantised if the pool is.
 
     Args:
         k: (T, kv_heads, 1, k_dim), in the pool's dtype.
         v: (T, kv_heads, 1, v_dim).
-        k_pool: (num_blocks + 1, kv_heads, block_size, k_dim), or its first block.
-        v_pool: (num_blocks + 1, kv_heads, block_size, v_dim), likewise.
         slots: (T or more,) int32, block * block_size + offset.
         after: of 8 elements or more; the write takes place once it's computed.
 
@@ -59,20 +50,26 @@ def write(
         A fence: what reads the rows has to take it in.
     """
     rows = k.shape[0]
-    launch = _write_launch(rows, pool_kind(k_pool), v_pool.shape[3])
-    return launch(k, v, k_pool, v_pool, slots, ints(rows), after)[0]
+    launch = _write_launch(rows, blocks.kind)
+    return launch(k, v, blocks.k, blocks.v, slots, ints(rows), after)[0]
 
 
 @lru_cache(1024)
-def _write_launch(rows: int, k_pool: PoolKind, v_dim: int) -> Launch:
-    template = _pool_template(k_pool, v_dim)
-    pieces = rows * template["KV_HEADS"] * _head_pieces(template)
+def _write_launch(rows: int, kind: PoolKind) -> Launch:
+    template = _template(kind)
+    pieces = (
+        rows
+        * kind.kv_heads
+        * sum(
+            part.head_dim // (part.group_size if part.bits else _piece_width(part))
+            for part in (kind.k, kind.v)
+        )
+    )
     return one_thread_a_piece("write_kv", template, pieces, ((LEAST,), mx.int32))
 
 
 def gather(
-    k_pool: mx.array,
-    v_pool: mx.array,
+    blocks: Blocks,
     tables: mx.array,
     lengths: mx.array,
     shape: tuple[int, int, int],
@@ -89,32 +86,34 @@ def gather(
         (sequences, kv_heads, positions, k_dim) and the same of V.
     """
     sequences, width, positions = shape
-    launch = _gather_launch(sequences, positions, pool_kind(k_pool), v_pool.shape[3])
-    k, v = launch(k_pool, v_pool, tables, lengths, ints(width, positions, sequences), fence)
+    launch = _gather_launch(sequences, positions, blocks.kind)
+    k, v = launch(blocks.k, blocks.v, tables, lengths, ints(width, positions, sequences), fence)
     return k, v
 
 
 @lru_cache(1024)
-def _gather_launch(sequences: int, positions: int, k_pool: PoolKind, v_dim: int) -> Launch:
-    template = _pool_template(k_pool, v_dim)
-    shape = sequences, template["KV_HEADS"], positions
+def _gather_launch(sequences: int, positions: int, kind: PoolKind) -> Launch:
+    parts = kind.k, kind.v
+    shape = sequences, kind.kv_heads, positions
     return one_thread_a_piece(
         "gather_blocks",
-        template,
-        math.prod(shape) * _head_pieces(template),
-        ((*shape, template["K_DIM"]), template["KV"]),
-        ((*shape, v_dim), template["KV"]),
+        _template(kind),
+        math.prod(shape) * sum(part.head_dim // _piece_width(part) for part in parts),
+        *(((*shape, part.head_dim), part.dtype) for part in parts),
     )
 
 
-def copy_blocks(k_pool: mx.array, v_pool: mx.array, pairs: np.ndarray, after: mx.array) -> mx.array:
-    """Copies blocks within the pools, in place; returns a fence, as `write` does.
+_COPIED_WORDS = 4  # of a thread
+
+
+def copy_blocks(blocks: Blocks, pairs: np.ndarray, after: mx.array) -> mx.array:
+    """Copies blocks within a pool, in place; returns a fence, as `write` does.
 
     `pairs` (copies, 2) int32 are sources and targets. No block may be a source and a target, or
     a target twice.
     """
-    template = _pool_template(pool_kind(k_pool), v_pool.shape[3])
-    positions = len(pairs) * template["KV_HEADS"] * template["BLOCK_SIZE"]
-    pieces = positions * _head_pieces(template)
+    template = pool_template(blocks.kind)
+    words = template["KV_HEADS"] * (template["K_HEAD"] + template["V_HEAD"])
+    pieces = len(pairs) * words // _COPIED_WORDS
     launch = one_thread_a_piece("copy_blocks", template, pieces, ((LEAST,), mx.int32))
-    return launch(k_pool, v_pool, padded(pairs), ints(len(pairs)), after)[0]
+    return launch(blocks.k, blocks.v, padded(pairs), ints(len(pairs)), after)[0]

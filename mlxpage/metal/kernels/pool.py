@@ -11,9 +11,9 @@ from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.attention import paged_attention
 from mlxpage.metal.kernels.chunks import Chunk, attend_chunk, plan_chunks
 from mlxpage.metal.kernels.launch import LEAST, padded
-from mlxpage.metal.kernels.moving import PoolKind, copy_blocks, gather, pool_kind, write
+from mlxpage.metal.kernels.moving import copy_blocks, gather, write
 from mlxpage.metal.kernels.work import RunCost, Work, plan_work, run_cost
-from mlxpage.metal.layout import Attention, LayerSpec
+from mlxpage.metal.layout import Attention, Blocks, LayerSpec, PoolKind
 
 LOOK_AHEAD = 1
 COMPILES = True
@@ -52,9 +52,9 @@ class Step(layout.Step):
             self._slots[first] = padded(slots.astype(np.int32))
         return self._slots[first]
 
-    def prepare(self, kind: tuple, attention: Attention) -> None:
+    def prepare(self, kind: PoolKind, attention: Attention) -> None:
         """Makes the metadata that layers with such pools will take, which attend so."""
-        self.work(attention.window, run_cost(*kind, attention.heads))
+        self.work(attention.window, run_cost(kind, attention.heads))
 
     def signature(self) -> tuple:
         """What is fixed in a compiled forward."""
@@ -115,23 +115,18 @@ class Pool(layout.Pool):
 
     def fill(self, k: mx.array, v: mx.array) -> None:
         super().fill(k, v)
-        self._inputs = as_input(k), as_input(v)
-
-    @property
-    def kind(self) -> tuple[PoolKind, int]:
-        """Shape and dtype of the K pool but for its blocks, and the head size of V."""
-        return pool_kind(self.k), self.v.shape[3]
+        self._blocks = Blocks(as_input(k), as_input(v), self.kind)
 
     def arrays(self) -> list[mx.array]:
         return [self.k, self.v, self.fence]
 
     def inputs(self) -> list[mx.array]:
         """What the kernels take of it, in a compiled forward."""
-        return list(self._inputs)
+        return [self._blocks.k, self._blocks.v]
 
     def put(self, inputs: Iterator[mx.array]) -> None:
         """Puts others in the place of `inputs`."""
-        self._inputs = next(inputs), next(inputs)
+        self._blocks = Blocks(next(inputs), next(inputs), self.kind)
         self._new = None
 
     def written(self) -> list[mx.array]:
@@ -142,21 +137,22 @@ class Pool(layout.Pool):
         self, step: Step, k: mx.array, v: mx.array, after: mx.array | None, *, is_read: bool
     ) -> None:
         """k and v: (T, kv_heads, 1, head_dim). Unless the model reads them as arrays, `is_read`,
-        those of single rows are written by their own attention: a launch less."""
+        or the pool is quantised, those of single rows are written by their own attention: a launch
+        less."""
         # Norms in float32 make such K of models whose V has 16 bits.
-        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
-        appended = 0 if is_read else step.rows.num_decoding
+        k, v = k.astype(self.kind.k.dtype), v.astype(self.kind.v.dtype)
+        appended = 0 if is_read or self.kind.is_quantised else step.rows.num_decoding
         self._new = (k[:appended], v[:appended]) if appended else None
         self.fence = self.fence if after is None else after
         if appended < len(k):
             k, v = k[appended:], v[appended:]
-            self.fence = write(k, v, *self._inputs, step.slots(appended), self.fence)
+            self.fence = write(k, v, self._blocks, step.slots(appended), self.fence)
 
     def copy(self, pairs: np.ndarray, after: mx.array | None) -> mx.array:
         """Copies blocks (C, 2), in order, after `after`; returns what comes after it."""
         fence = self.fence if after is None else after
         for independent in _independent(pairs.tolist()):
-            fence = copy_blocks(*self._inputs, np.array(independent, np.int32), fence)
+            fence = copy_blocks(self._blocks, np.array(independent, np.int32), fence)
         self.fence = fence
         return fence
 
@@ -164,29 +160,31 @@ class Pool(layout.Pool):
         """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
         rows, width = step.row_tables.shape
         shape = (rows, width, width * step.block_size)
-        return gather(*self._inputs, step.row_tables, step.row_lengths, shape, self.fence)
+        return gather(self._blocks, step.row_tables, step.row_lengths, shape, self.fence)
 
     def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
         """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
-        q = q.astype(mx.result_type(q, self.k))  # the type of the results too, as MLX has it
+        dtype = self.kind.k.dtype
+        q = q.astype(mx.result_type(q.dtype, dtype))  # the type of the results too, as MLX has it
         rows, heads = q.shape[:2]
         decoding = step.rows.num_decoding
         written = self.fence
         outs = []
         if decoding:
-            work = step.work(window, run_cost(*self.kind, heads))
+            work = step.work(window, run_cost(self.kind, heads))
             options = {"scale": scale, "sinks": sinks, "new": self._new}
-            out, self.fence = paged_attention(q[:decoding], *self._inputs, work, written, **options)
+            out, self.fence = paged_attention(q[:decoding], self._blocks, work, written, **options)
             self._new = None
             outs.append(out)
         if decoding < rows:
             for chunk in step.chunks(window, self._most_scores(heads)):
                 part, options = q[chunk.rows], {"scale": scale, "sinks": sinks}
-                outs.append(attend_chunk(part, *self._inputs, chunk, written, **options))
+                outs.append(attend_chunk(part, self._blocks, chunk, written, **options))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
     def _most_scores(self, heads: int) -> int:
-        is_fused = self.k.dtype.size == 2 and self.k.shape[3] == self.v.shape[3] in (64, 80, 128)
+        k, v = self.kind.k, self.kind.v
+        is_fused = k.dtype.size == 2 and k.head_dim == v.head_dim in (64, 80, 128)
         return 2**40 if is_fused else max(1, reference.MAX_SCORES // heads)
 
 

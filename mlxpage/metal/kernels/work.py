@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -10,8 +11,7 @@ import numpy as np
 from mlxpage.errors import UnsupportedModel
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.launch import ints, on_cuda, padded
-from mlxpage.metal.kernels.moving import PoolKind, load_width
-from mlxpage.metal.layout import first_readable
+from mlxpage.metal.layout import Format, PoolKind, first_readable
 
 _NO_WINDOW = 2**30
 _MAX_THREADGROUP_BYTES = 24 * 1024
@@ -30,24 +30,20 @@ class Tiling(NamedTuple):
 
 
 @cache
-def tiling(k_dim: int, v_dim: int, queries: int, itemsize: int, block_size: int, cuda: bool):
-    """A `Tiling` for heads of these sizes and so many queries that share a K and V.
+def tiling(k: Format, v: Format, queries: int, block_size: int, cuda: bool) -> Tiling:
+    """For heads of these formats and so many queries that share a K and V.
 
     Raises UnsupportedModel for a head size that no choice of lanes divides.
     """
     registers = 32 if cuda else 16  # floats of the queries, and as many of the sums, in a lane
     loads = 64 if cuda else 16  # words of K and V that are on their way
-    widest = max(k_dim, v_dim)
-    elements = 4 // min(itemsize, 4)  # in a word
-    possible = [
-        lanes
-        for lanes in (4, 8, 16, 32)
-        if k_dim % (lanes * elements) == 0 and v_dim % (lanes * elements) == 0
-    ]
+    widest = max(k.head_dim, v.head_dim)
+    row_bits = [part.head_dim * part.element_bits for part in (k, v)]
+    possible = [n for n in (4, 8, 16, 32) if not any(bits % (32 * n) for bits in row_bits)]
     if not possible:
         raise UnsupportedModel(
-            f"heads of {k_dim} and {v_dim} elements are not a multiple of {4 * elements}, which "
-            "the attention kernel needs"
+            f"heads of {k.head_dim} and {v.head_dim} elements take {row_bits[0]} and {row_bits[1]} "
+            "bits, which are not multiples of 128, as the attention kernel needs"
         )
     at_once = min(queries, 8, possible[-1])
     while at_once > 1 and at_once * widest // possible[-1] > registers:
@@ -57,22 +53,28 @@ def tiling(k_dim: int, v_dim: int, queries: int, itemsize: int, block_size: int,
     padded = 1 << (at_once - 1).bit_length()
     enough = [n for n in possible if n >= padded and at_once * widest // n <= registers]
     lanes = min(enough, default=possible[-1])
-    share = (k_dim + v_dim) // lanes * itemsize // 4  # words that a lane holds of a K and a V
+    share = (k.row_words + v.row_words) // lanes  # words that a lane holds of a K and a V
     keys = 1
     while keys < min(8, block_size) and 2 * keys * share <= loads and 2 * keys * padded <= 32:
         keys *= 2
     simd_groups = 4
-    while simd_groups > 1 and simd_groups * at_once * v_dim * 4 > _MAX_THREADGROUP_BYTES:
+    while simd_groups > 1 and simd_groups * at_once * v.head_dim * 4 > _MAX_THREADGROUP_BYTES:
         simd_groups //= 2
     return Tiling(
         at_once,
         padded,
         lanes,
         keys,
-        load_width(k_dim // lanes, itemsize=itemsize),
-        load_width(v_dim // lanes, itemsize=itemsize),
+        _load_width(k, lanes),
+        _load_width(v, lanes),
         simd_groups,
     )
+
+
+def _load_width(part: Format, lanes: int) -> int:
+    """Elements in the widest load, of 16 bytes at most, that divides a lane's share."""
+    words = part.row_words // lanes
+    return math.gcd(words, 4) * 32 // part.element_bits
 
 
 class RunCost(NamedTuple):
@@ -83,12 +85,11 @@ class RunCost(NamedTuple):
     queries: int  # that a threadgroup computes with them
 
 
-def run_cost(k_pool: PoolKind, v_dim: int, heads: int) -> RunCost:
-    (kv_heads, block_size, k_dim), dtype = k_pool
-    group = heads // kv_heads
-    shape = tiling(k_dim, v_dim, group, dtype.size, block_size, on_cuda())
+def run_cost(kind: PoolKind, heads: int) -> RunCost:
+    group = heads // kind.kv_heads
+    shape = tiling(kind.k, kind.v, group, kind.block_size, on_cuda())
     passes = -(-group // shape.queries)
-    return RunCost(kv_heads * passes, (k_dim + v_dim) * dtype.size, shape.queries)
+    return RunCost(kind.kv_heads * passes, kind.k.nbytes + kind.v.nbytes, shape.queries)
 
 
 class Work(NamedTuple):
