@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mlxpage.batch import Batch
 from mlxpage.block_pool import BlockPool
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
+from mlxpage.intake import Intake
 from mlxpage.metal.backend import mx
 from mlxpage.metal.choice import REFERENCE, Backend
 from mlxpage.metal.kv_cache import KVCache
 from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
 from mlxpage.metal.sampler import logprobs, sample
-from mlxpage.outputs import FinishReason, StreamEvent, Timings, TokenLogprobs
+from mlxpage.outputs import StreamEvent, TokenLogprobs
 from mlxpage.prefix_cache import PrefixCache
-from mlxpage.request import Choice, Request
+from mlxpage.request import Request
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import Schedule, Scheduler
 from mlxpage.sequence import Sequence
+from mlxpage.served import Served
 from mlxpage.text import Tokenizer
 
 
@@ -61,13 +61,6 @@ class Engine:
         self.backend = backend
         self.tokenizer = tokenizer
         self.plan = plan
-        self._vocab_size = model.vocab_size
-        self.defaults = dict(defaults or {})
-        if "top_k" in self.defaults:  # some models' files ask for more than they have
-            self.defaults["top_k"] = min(self.defaults["top_k"], self._vocab_size)
-        self._context_length = model.context_length or 2**31
-        # A tokenizer may end texts by a token that its model doesn't have.
-        self.eos_token_ids = frozenset(i for i in tokenizer.eos_token_ids if self._is_token(i))
         self._new_pool()
         groups = [
             CacheGroup(blocks, plan.block_size, window)
@@ -79,14 +72,20 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=PrefixCache(groups) if prefix_cache else None,
         )
-        self._requests: dict[int, Request] = {}
-        self._choices: dict[int, tuple[Request, Choice]] = {}
-        """By the ids of their sequences, until they end."""
+        self._intake = Intake(
+            tokenizer,
+            self.scheduler,
+            vocab_size=model.vocab_size,
+            context_length=model.context_length,
+            defaults=defaults,
+        )
+        self.defaults = self._intake.defaults
+        self.eos_token_ids = self._intake.eos_token_ids
+        self._served = Served(self.scheduler, seed)
         self._in_flight: list[Started] = []
         """Steps whose results nobody has read yet, oldest first."""
-        self._ids = itertools.count()
-        self._seeds = random.Random(seed)
-        self._counts = {"steps": 0, "prompt_tokens": 0, "output_tokens": 0, "failed_steps": 0}
+        self._num_steps = 0
+        self._num_failed_steps = 0
         self._peak_blocks = 0
 
     def request(
@@ -101,80 +100,13 @@ class Engine:
 
         Raises InvalidRequest if it can never be served.
         """
-        params = params.with_defaults(self.defaults)
-        self._check_tokens(prompt, params)
-        choices = []
-        for index, of_choice in enumerate(_params_of_choices(params)):
-            options = self._options(len(prompt), of_choice, priority)
-            seq = Sequence(next(self._ids), prompt, of_choice, **options)
-            choices.append(self._choice(index, seq))
-        first, *others = (choice.seq for choice in choices)
-        first.forks = others
-        self.scheduler.check_capacity(first)
-        return Request(params, choices, on_event)
-
-    def _options(self, prompt: int, params: SamplingParams, priority: int) -> dict[str, Any]:
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        return {
-            "max_length": self._max_length(prompt, params.max_tokens),
-            "stop_token_ids": eos | frozenset(params.stop_token_ids),
-            "priority": priority,
-        }
-
-    def _choice(self, index: int, seq: Sequence) -> Choice:
-        params = seq.params
-        text_stream = self.tokenizer.stream(params.stop, params.skip_special_tokens)
-        return Choice(index, seq, text_stream, Timings(arrived=time.perf_counter()))
-
-    def _check_tokens(self, prompt: list[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise InvalidRequest("the prompt is empty; give it at least one token")
-        vocab = self._vocab_size
-        for name, ids in (
-            ("the prompt", prompt),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias or ()),
-        ):
-            for token in ids:
-                if not self._is_token(token):
-                    raise InvalidRequest(
-                        f"{name} holds {token!r}; token ids of this model go from 0 to {vocab - 1}"
-                    )
-        if params.top_k and params.top_k > vocab:
-            raise InvalidRequest(f"top_k is {params.top_k}; the vocabulary has {vocab} tokens")
-
-    def _is_token(self, token: Any) -> bool:
-        return isinstance(token, int) and 0 <= token < self._vocab_size
-
-    def _max_length(self, prompt: int, max_tokens: int | None) -> int:
-        """Prompt and output together: as asked, but no longer than the model's context; if nothing
-        was asked, no longer than the pool either."""
-        context = self._context_length
-        if prompt >= context:
-            raise InvalidRequest(
-                f"the prompt has {prompt:,} tokens; the model's context of {context:,} must hold "
-                f"it and at least one more. Shorten the prompt."
-            )
-        if max_tokens is not None:
-            return min(prompt + max_tokens, context)
-        return max(prompt + 1, min(context, self.scheduler.max_tokens_of_a_sequence()))
+        return self._intake.request(prompt, params, on_event, priority)
 
     def add(self, request: Request) -> int:
         """Queues a request; its events come from `step`. Returns its id."""
-        self._begin(request, lambda: self.scheduler.add(request.choices[0].seq))
+        self.scheduler.add(request.choices[0].seq)
+        self._served.begin(request)
         return request.id
-
-    def _begin(self, request: Request, start: Callable[[], None]) -> None:
-        seed = request.params.seed
-        seed = self._seeds.getrandbits(64) if seed is None else seed
-        for choice in request.choices:
-            # A choice is what its seed gives alone.
-            of_choice = (seed + choice.index) % 2**64
-            choice.seq.params = replace(choice.seq.params, seed=of_choice)
-        start()
-        self._requests[request.id] = request
-        for choice in request.choices:
-            self._choices[choice.seq.id] = request, choice
 
     def fork(
         self,
@@ -190,52 +122,24 @@ class Engine:
         Raises InvalidRequest if the request has no token yet or has ended, has several choices, or
         can't go on so.
         """
-        parent = self._requests.get(request_id)
+        parent = self._served.find(request_id)
         if parent is None or all(choice.seq.finish_reason for choice in parent.choices):
             raise InvalidRequest(
                 f"request {request_id} has ended or was never added. Give its tokens as a prompt: "
                 "what is still cached of them isn't computed again."
             )
-        if parent.choices[0].seq.num_output_tokens == 0:
-            raise InvalidRequest(
-                f"the prompt of request {request_id} is still being computed; fork it after its "
-                "first token, or ask for n generations"
-            )
-        params = self._params_of_fork(parent, params)
-        (choice,) = parent.choices
-        tokens = choice.seq.token_ids
-        self._check_tokens(tokens, params)
-        options = self._options(choice.seq.num_prompt_tokens, params, choice.seq.priority)
-        if len(tokens) >= options["max_length"]:
-            raise InvalidRequest(
-                f"max_tokens is {params.max_tokens} and the request has "
-                f"{choice.seq.num_output_tokens} tokens already: nothing is left to generate"
-            )
-        seq = choice.seq.fork(next(self._ids), params, **options)
-        fork = Request(params, [self._choice(0, seq)], on_event)
-        fork.choices[0].take_over(choice)
-        self._begin(fork, lambda: self.scheduler.fork(choice.seq, seq))
+        fork = self._intake.fork(parent, params, on_event)
+        self.scheduler.fork(parent.choices[0].seq, fork.choices[0].seq)
+        self._served.begin(fork)
         return fork
-
-    def _params_of_fork(self, parent: Request, params: SamplingParams | None) -> SamplingParams:
-        if params is None:
-            params = replace(parent.params, seed=None)
-        params = params.with_defaults(self.defaults)
-        if len(parent.choices) > 1 or max(params.n, params.best_of or 1) > 1:
-            raise InvalidRequest("only a request with n=1 can be forked, into one with n=1")
-        if params.logprobs is not None and parent.params.logprobs is None:
-            raise InvalidRequest("a fork has logprobs only if the request has them from the start")
-        # The blocks are the same, and so are the log-probabilities of the prompt.
-        return replace(params, cache_salt=parent.params.cache_salt, prompt_logprobs=None)
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with what it has so far; does nothing if it has ended already."""
-        if request := self._requests.get(request_id):
-            self._end(request)
+        if request := self._served.find(request_id):
+            self._served.end(request)
 
     def abort_all(self, error: MlxpageError | None = None) -> None:
-        for request in list(self._requests.values()):
-            self._end(request, error)
+        self._served.end_all(error)
 
     def close(self) -> None:
         """Gives the memory of weights and pool back."""
@@ -260,7 +164,7 @@ class Engine:
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
         ahead = 0
         if schedule:
-            self._note_start(schedule)
+            self._served.note_start(schedule)
             try:
                 self._in_flight.append(self._start(schedule))
             except Exception as error:
@@ -308,13 +212,6 @@ class Engine:
             )
         )
 
-    def _note_start(self, schedule: Schedule) -> None:
-        now = time.perf_counter()
-        for part in schedule.scheduled:
-            _, choice = self._choices[part.seq.id]
-            timings = choice.timings
-            timings.scheduled = timings.scheduled or now
-
     # -- results --
 
     def _collect_all(self) -> None:
@@ -335,90 +232,33 @@ class Engine:
         batch = started.batch
         tokens = [] if started.tokens is None else started.tokens.tolist()
         now = time.perf_counter()
-        self._counts["steps"] += 1
+        self._num_steps += 1
         self._fail_broken(batch.sampling, tokens)
         scored = _as_logprobs(batch.scored_tokens, started.prompt_logprobs)
-        for (seq, position), entry in zip(batch.scoring, scored, strict=True):
-            request, _ = self._choices.get(seq.id, (None, None))
-            # A preempted prompt is computed again.
-            if request and position == len(request.prompt_logprobs):
-                request.prompt_logprobs.append(_first(entry, seq.params.prompt_logprobs))
+        self._served.take_prompt_logprobs(batch.scoring, scored)
         if started.logprobs:
-            chosen = _as_logprobs(tokens, started.logprobs)
-            for seq, entry in zip(batch.sampling, chosen, strict=True):
-                _, choice = self._choices.get(seq.id, (None, None))
-                if choice and seq.params.logprobs is not None:
-                    choice.logprobs.append(_first(entry, seq.params.logprobs))
+            self._served.take_logprobs(batch.sampling, _as_logprobs(tokens, started.logprobs))
         for seq, token in self.scheduler.update(started.schedule, tokens):
-            # What hears of one request may abort another.
-            if seq.id in self._choices:
-                self._hand_out(*self._choices[seq.id], token, now)
+            self._served.take_token(seq, token, now)
 
     def _fail_broken(self, sampling: list[Sequence], tokens: list[int]) -> None:
         """Fails the requests that got no token because their logits were not finite."""
         for seq, token in zip(sampling, tokens, strict=True):
-            if token < 0 and seq.id in self._choices:
+            if token < 0 and (request := self._served.request_of(seq)):
                 dtype = str(self.model.logits_dtype).removeprefix("mlx.core.")
                 error = EngineError(
                     f"the model's logits are not finite after {len(seq.token_ids):,} tokens; "
                     f"computed in {dtype}. Its numbers may pass that type's range: try "
                     "dtype='bfloat16' or 'float32'."
                 )
-                request, _ = self._choices[seq.id]
                 for choice in request.choices:
                     self.scheduler.withdraw(choice.seq)
-                self._end(request, error)
-
-    def _hand_out(self, request: Request, choice: Choice, token: int, now: float) -> None:
-        seq = choice.seq
-        choice.timings.first_token = choice.timings.first_token or now
-        ended_by_token = seq.finish_reason == "stop"
-        text = "" if ended_by_token else choice.text_stream.add(token)
-        if seq.finish_reason or choice.text_stream.stopped:
-            self._finish(request, choice, seq.finish_reason or "stop", text, [token])
-        else:
-            choice.text += text
-            request.on_event(StreamEvent(text, [token], choice=choice.index))
-
-    def _end(self, request: Request, error: MlxpageError | None = None) -> None:
-        for choice in request.choices:
-            if choice.seq.id in self._choices:
-                self._finish(request, choice, "abort", error=error)
-
-    def _finish(
-        self,
-        request: Request,
-        choice: Choice,
-        reason: FinishReason,
-        text: str = "",
-        token_ids: list[int] | None = None,
-        error: MlxpageError | None = None,
-    ) -> None:
-        seq = choice.seq
-        if error is None:
-            text += choice.text_stream.finish()
-        self.scheduler.finish(seq, reason)
-        del self._choices[seq.id]
-        if choice.text_stream.stopped:
-            seq.finish_reason = "stop"
-        choice.text += text
-        choice.timings.finished = time.perf_counter()
-        if seq.finish_reason != "abort":
-            if choice.index == 0 and not choice.num_taken_over:
-                self._counts["prompt_tokens"] += seq.num_prompt_tokens
-            self._counts["output_tokens"] += seq.num_output_tokens - choice.num_taken_over
-        request.num_unfinished -= 1
-        output = None
-        if request.num_unfinished == 0:
-            del self._requests[request.id]
-            output = request.output()
-        ids, reason = token_ids or [], seq.finish_reason
-        request.on_event(StreamEvent(text, ids, reason, output, error, choice.index))
+                self._served.end(request, error)
 
     def _fail(self, schedules: list[Schedule], error: Exception) -> None:
         """Fails the requests of steps that raised, and drops the pool, which the next step makes
         anew: its arrays may be unusable. Everyone else computes again."""
-        self._counts["failed_steps"] += 1
+        self._num_failed_steps += 1
         failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
         self.scheduler.restart()
@@ -426,8 +266,8 @@ class Engine:
         forget_locals(error)
         mx.clear_cache()
         for part in (part for schedule in schedules for part in schedule.scheduled):
-            if part.seq.id in self._choices:
-                self._end(self._choices[part.seq.id][0], failure)
+            if request := self._served.request_of(part.seq):
+                self._served.end(request, failure)
 
     # -- facts --
 
@@ -437,7 +277,10 @@ class Engine:
         hits, of all that were looked for when a request was first admitted."""
         pool = self._largest_pool()
         return {
-            **self._counts,
+            "steps": self._num_steps,
+            "prompt_tokens": self._served.num_prompt_tokens,
+            "output_tokens": self._served.num_output_tokens,
+            "failed_steps": self._num_failed_steps,
             "preemptions": self.scheduler.num_preemptions,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
@@ -479,16 +322,6 @@ class Engine:
         return max((group.pool for group in self.scheduler.groups), key=lambda p: p.num_blocks)
 
 
-def _params_of_choices(params: SamplingParams) -> list[SamplingParams]:
-    """The first one computes the prompt, so its log-probabilities are with it. To choose the best
-    takes those of all tokens."""
-    first = params
-    count = params.best_of or params.n
-    if count > params.n and params.logprobs is None:
-        first = replace(params, logprobs=0)
-    return [first, *[replace(first, prompt_logprobs=None)] * (count - 1)]
-
-
 def forget_locals(error: BaseException | None) -> None:
     """Empties the frames that an error came through: who keeps the error must not keep arrays."""
     while error is not None:
@@ -508,8 +341,3 @@ def _as_logprobs(tokens: list[int], arrays: tuple) -> list[TokenLogprobs]:
         TokenLogprobs(token, logprob, tuple(zip(top, of_top, strict=True)))
         for token, logprob, top, of_top in zip(tokens, chosen, ids, values, strict=True)
     ]
-
-
-def _first(entry: TokenLogprobs, count: int) -> TokenLogprobs:
-    """The batch computed as many as its most curious request wants."""
-    return replace(entry, top=entry.top[:count])
