@@ -9,7 +9,7 @@ from typing import Any
 
 import mlxpage
 from mlxpage import model_store
-from mlxpage.llm import check_options
+from mlxpage.arguments import check_options
 from mlxpage.metal import choice, self_check
 from mlxpage.metal import memory as sizing
 from mlxpage.metal import model as models

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import os
 import queue
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any, overload
 
-from mlxpage.beam_search import Beam, BeamSearch, Likeliest, carry_out
+from mlxpage import beams
+from mlxpage.arguments import (
+    Prompt,
+    check_integer,
+    check_options,
+    check_streamed,
+    is_integer,
+    is_prompt,
+    params_list,
+    prompt_list,
+    type_name,
+)
 from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.outputs import RequestOutput, StreamEvent
-from mlxpage.sampling_params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
+from mlxpage.sampling_params import BeamSearchParams, SamplingParams
 
-Prompt = str | list[int]
 Messages = list[dict[str, Any]]
 
 ALIVE_SECONDS = 1.0  # how often a caller that waits looks whether the engine's thread still runs
@@ -88,13 +95,18 @@ class LLM:
         self.defaults = model_store.generation_defaults(folder)
 
         from mlxpage.engine_thread import EngineThread
+        from mlxpage.loading import load_engine
 
-        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        # Nothing here may know this object: the thread would keep it, and never end.
         self._thread = EngineThread(
-            _engine_maker(
-                folder,
-                {"memory": memory, "num_blocks": num_blocks, "block_size": block_size},
-                limits,
+            partial(
+                load_engine,
+                folder=folder,
+                sizes={"memory": memory, "num_blocks": num_blocks, "block_size": block_size},
+                limits={
+                    "max_num_seqs": max_num_seqs,
+                    "max_num_batched_tokens": max_num_batched_tokens,
+                },
                 prefix_cache=prefix_cache,
                 dtype=dtype,
                 seed=seed,
@@ -133,10 +145,10 @@ class LLM:
         `params` is for all of them, or a list with one for each. All prompts are checked before
         the first is computed. Ctrl-C ends them all. Lower `priority` is served first.
         """
-        if _is_prompt(prompts):
-            return self._run([prompts], _each(params, 1), priority)[0]
-        prompts = _many(prompts)
-        return self._run(prompts, _each(params, len(prompts)), priority)
+        if is_prompt(prompts):
+            return self._run([prompts], params_list(params, 1), priority)[0]
+        prompts = prompt_list(prompts)
+        return self._run(prompts, params_list(params, len(prompts)), priority)
 
     @overload
     def beam_search(
@@ -162,66 +174,16 @@ class LLM:
         """
         params = BeamSearchParams() if params is None else params
         if not isinstance(params, BeamSearchParams):
-            raise InvalidRequest(f"params are BeamSearchParams, not {_type(params)}")
-        if _is_prompt(prompts):
+            raise InvalidRequest(f"params are BeamSearchParams, not {type_name(params)}")
+        if is_prompt(prompts):
             return self._search([prompts], params, priority)[0]
-        return self._search(_many(prompts), params, priority)
+        return self._search(prompt_list(prompts), params, priority)
 
     def _search(self, prompts, params: BeamSearchParams, priority) -> list[RequestOutput]:
-        ends = set() if params.ignore_eos else set(self._engine.eos_token_ids)
-        ends.update(params.stop_token_ids)
-        if params.beam_width + len(ends) > MAX_LOGPROBS:
-            raise InvalidRequest(
-                f"beam_width is {params.beam_width} and there are {len(ends)} end and stop tokens; "
-                f"together they may be {MAX_LOGPROBS}"
-            )
-        searches = [self._beam_search(self._token_ids(prompt), params, ends) for prompt in prompts]
-        step = SamplingParams(
-            temperature=0,
-            max_tokens=1,
-            logprobs=params.beam_width + len(ends),
-            ignore_eos=True,
-            cache_salt=params.cache_salt,
-        )
-        firsts: list[RequestOutput] = []
+        def run(sequences: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
+            return self._run(sequences, [step] * len(sequences), priority)
 
-        def after(sequences: list[list[int]]) -> list[Likeliest]:
-            outputs = self._run(sequences, [step] * len(sequences), priority)
-            firsts.extend(() if firsts else outputs)
-            return [output.logprobs[0].top for output in outputs]
-
-        carry_out(searches, after)
-        pairs = zip(searches, firsts, strict=True)
-        return [self._found(search, first, params) for search, first in pairs]
-
-    def _beam_search(self, prompt, params: BeamSearchParams, ends: set[int]) -> BeamSearch:
-        whole = SamplingParams(max_tokens=params.max_tokens, stop_token_ids=params.stop_token_ids)
-        # Refuses what can't be served before the first step.
-        request = self._engine.request(prompt, whole, lambda event: None)
-        max_tokens = request.choices[0].seq.max_length - len(prompt)
-        return BeamSearch(prompt, params, ends, max_tokens)
-
-    def _found(self, search: BeamSearch, first: RequestOutput, params) -> RequestOutput:
-        """`first` is what the first step gave."""
-        timings = replace(first.timings, finished=time.perf_counter())
-        best, *others = (
-            replace(
-                first,
-                text=self._text(beam, params.skip_special_tokens),
-                token_ids=beam.token_ids,
-                finish_reason=beam.finish_reason,
-                timings=timings,
-                logprobs=beam.logprobs,
-            )
-            for beam in search.finished
-        )
-        best.choices = others
-        return best
-
-    def _text(self, beam: Beam, skip_special_tokens: bool) -> str:
-        stream = self.tokenizer.stream((), skip_special_tokens)
-        shown = beam.token_ids[:-1] if beam.finish_reason == "stop" else beam.token_ids
-        return "".join(map(stream.add, shown)) + stream.finish()
+        return beams.search(self._engine, map(self._token_ids, prompts), params, run)
 
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, priority: int = 0
@@ -238,10 +200,10 @@ class LLM:
     ) -> Generation:
         """A generation as it comes. Leaving the loop ends it. For a conversation, give
         `chat_prompt(messages)`. With `n` in its params, events say which `choice` they are of."""
-        if not _is_prompt(prompt):
+        if not is_prompt(prompt):
             raise InvalidRequest("stream takes one prompt, a text or a list of token ids")
-        (params,) = _each(params, 1)
-        _check_streamed(params)
+        (params,) = params_list(params, 1)
+        check_streamed(params)
         requests, events = self._requests([prompt], [params], priority)
         return Generation(self, requests[0].id, self._follow(requests, events))
 
@@ -253,10 +215,10 @@ class LLM:
         priority: int = 0,
     ) -> Iterator[tuple[int, StreamEvent]]:
         """Generations as they come: (index of the prompt, event). Leaving the loop ends all."""
-        prompts = _many(prompts)
-        params = _each(params, len(prompts))
+        prompts = prompt_list(prompts)
+        params = params_list(params, len(prompts))
         for given in params:
-            _check_streamed(given)
+            check_streamed(given)
         return self._events(prompts, params, priority)
 
     def _run(self, prompts, params, priority) -> list[RequestOutput]:
@@ -270,7 +232,7 @@ class LLM:
         return self._follow(*self._requests(prompts, params, priority))
 
     def _requests(self, prompts, params, priority):
-        _integer("priority", priority)
+        check_integer("priority", priority)
         self._check_open()
         events: queue.SimpleQueue[tuple[int, StreamEvent]] = queue.SimpleQueue()
         requests = [
@@ -343,10 +305,10 @@ class LLM:
             return self.tokenizer.encode(prompt)
         if not isinstance(prompt, (list, tuple)):
             raise InvalidRequest(
-                f"a prompt is a text or a list of token ids, not {_type(prompt)}; for a "
+                f"a prompt is a text or a list of token ids, not {type_name(prompt)}; for a "
                 "conversation there is chat"
             )
-        return [int(token) if _is_integer(token) else token for token in prompt]
+        return [int(token) if is_integer(token) else token for token in prompt]
 
     # -- the rest --
 
@@ -393,137 +355,3 @@ class Generation:
         Raises InvalidRequest if this one has no token yet or has ended, or has several choices.
         """
         return self._llm._fork(self._request_id, params)
-
-
-def _check_streamed(params: SamplingParams) -> None:
-    if (params.best_of or 0) > params.n:
-        raise InvalidRequest(
-            f"best_of is {params.best_of} and n is {params.n}: which are best is known when all "
-            "have ended. Use generate, or leave best_of out."
-        )
-
-
-def check_options(
-    model: Any,
-    *,
-    block_size: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int = 512,
-    dtype: str | None,
-    num_blocks: int | None = None,
-    prefix_cache: bool = True,
-    backend: str | None = None,
-    seed: int | None = None,
-) -> None:
-    """Raises InvalidRequest for what no model can be loaded with, before a file is opened."""
-    if not isinstance(model, (str, os.PathLike)):
-        raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
-    _one_of("block_size", block_size, (16, 32))
-    _one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
-    if not isinstance(prefix_cache, bool):
-        raise InvalidRequest(f"prefix_cache is {prefix_cache!r:.80}; it must be True or False")
-    _one_of("backend", backend, (None, "metal", "cuda", "reference"))
-    _integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
-    _integer("max_num_seqs", max_num_seqs, least=1)
-    if max_num_seqs > max_num_batched_tokens:
-        raise InvalidRequest(
-            f"max_num_seqs is {max_num_seqs}; it must be from 1 to max_num_batched_tokens "
-            f"({max_num_batched_tokens})"
-        )
-    if num_blocks is not None:
-        _integer("num_blocks", num_blocks, least=1)
-    if seed is not None:
-        _integer("seed", seed)
-
-
-def _engine_maker(
-    folder: Path,
-    sizes: dict[str, Any],
-    limits: dict[str, int],
-    *,
-    prefix_cache: bool,
-    dtype: str | None,
-    seed: int | None,
-    defaults: dict[str, Any],
-    backend: str | None,
-    on_status: Callable[[str], None] | None,
-    on_loaded: Callable[[int, int], None] | None,
-) -> Callable[[threading.Event], Any]:
-    """What the engine's thread runs first. It must not know the `LLM`: the thread would keep it,
-    and never end."""
-
-    def make(closing: threading.Event):
-        from mlxpage.engine import Engine
-        from mlxpage.metal import choice
-        from mlxpage.metal import memory as sizing
-        from mlxpage.metal import model as models
-        from mlxpage.text import Tokenizer
-
-        def on_bytes(done: int, total: int) -> None:
-            if closing.is_set():
-                raise EngineError("closed while the model was loading")
-            if on_loaded:
-                try:
-                    on_loaded(done, total)
-                except Exception as error:
-                    reason = f"on_loaded raised {type(error).__name__}: {error}"
-                    raise EngineError(reason) from error
-
-        sizing.check_weights(folder, sizes["memory"])
-        loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
-        plan = sizing.plan(loaded, **sizes, **limits)
-        served = choice.checked(loaded, sizes["block_size"], backend, on_status)
-        tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
-        options = {"defaults": defaults, "seed": seed, "backend": served}
-        return Engine(loaded, tokenizer, plan, prefix_cache=prefix_cache, **options, **limits)
-
-    return make
-
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and _is_integer(value[0])
-    return isinstance(value, str)
-
-
-def _is_integer(value: Any) -> bool:
-    """NumPy's integers too."""
-    return hasattr(value, "__index__") and not hasattr(value, "__len__")
-
-
-def _many(prompts: Iterable[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise InvalidRequest(
-            f"prompts are a text, a list of token ids or a list of those, not {_type(prompts)}"
-        )
-    return list(prompts)
-
-
-def _each(params: Any, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if not isinstance(params, (list, tuple)):
-        raise InvalidRequest(f"params are SamplingParams or a list of them, not {_type(params)}")
-    for given in params:
-        if not isinstance(given, SamplingParams):
-            raise InvalidRequest(f"a list of params holds SamplingParams, not {_type(given)}")
-    if len(params) != count:
-        raise InvalidRequest(f"{len(params)} params for {count} prompts; give one, or one for each")
-    return list(params)
-
-
-def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed or isinstance(value, float):
-        options = ", ".join(str(option) for option in allowed)
-        raise InvalidRequest(f"{name} is {value!r:.80}; it must be one of {options}")
-
-
-def _integer(name: str, value: Any, least: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name} is {value!r:.80}; it must be an integer")
-    if least is not None and value < least:
-        raise InvalidRequest(f"{name} is {value}; it must be at least {least}")
-
-
-def _type(value: Any) -> str:
-    return type(value).__name__

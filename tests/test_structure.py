@@ -26,9 +26,11 @@ MODULES = {
         "intake",
         "served",
         "engine",
+        "loading",
         "engine_thread",
+        "beams",
     },
-    "doors": {"llm", "async_engine", "describe", "cli", "__main__", "__init__"},
+    "doors": {"arguments", "llm", "async_engine", "describe", "cli", "__main__", "__init__"},
 }
 STANDS_ON = {
     "common": set(),
@@ -43,7 +45,7 @@ MLX = {"mlx", "mlx_lm"}
 HOME_OF_MLX = Path("metal/backend.py")
 NEVER_MLX = MODULES["common"] | MODULES["paper"]
 # What runs before a model is loaded: `import mlxpage` and `mlxpage --help` stay quick.
-LIGHT = NEVER_MLX | {"llm", "cli", "__main__", "__init__"}
+LIGHT = NEVER_MLX | {"arguments", "beams", "llm", "cli", "__main__", "__init__"}
 
 TABLE = Path(__file__).name
 FILES = sorted((ROOT / "mlxpage").rglob("*.py"))

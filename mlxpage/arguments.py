@@ -1,0 +1,111 @@
+"""What callers pass, checked before a file is opened or a token computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mlxpage.errors import InvalidRequest
+from mlxpage.sampling_params import SamplingParams
+
+Prompt = str | list[int]
+
+
+# -- of a model to be loaded --
+
+
+def check_options(
+    model: Any,
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int = 512,
+    dtype: str | None,
+    num_blocks: int | None = None,
+    prefix_cache: bool = True,
+    backend: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Raises InvalidRequest for what no model can be loaded with."""
+    if not isinstance(model, (str, os.PathLike)):
+        raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
+    _check_one_of("block_size", block_size, (16, 32))
+    _check_one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
+    if not isinstance(prefix_cache, bool):
+        raise InvalidRequest(f"prefix_cache is {prefix_cache!r:.80}; it must be True or False")
+    _check_one_of("backend", backend, (None, "metal", "cuda", "reference"))
+    check_integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
+    check_integer("max_num_seqs", max_num_seqs, least=1)
+    if max_num_seqs > max_num_batched_tokens:
+        raise InvalidRequest(
+            f"max_num_seqs is {max_num_seqs}; it must be from 1 to max_num_batched_tokens "
+            f"({max_num_batched_tokens})"
+        )
+    if num_blocks is not None:
+        check_integer("num_blocks", num_blocks, least=1)
+    if seed is not None:
+        check_integer("seed", seed)
+
+
+def check_integer(name: str, value: Any, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} is {value!r:.80}; it must be an integer")
+    if least is not None and value < least:
+        raise InvalidRequest(f"{name} is {value}; it must be at least {least}")
+
+
+def _check_one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed or isinstance(value, float):
+        options = ", ".join(str(option) for option in allowed)
+        raise InvalidRequest(f"{name} is {value!r:.80}; it must be one of {options}")
+
+
+# -- of generations --
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether it is one prompt, and not several."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and is_integer(value[0])
+    return isinstance(value, str)
+
+
+def prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(
+            f"prompts are a text, a list of token ids or a list of those, not {type_name(prompts)}"
+        )
+    return list(prompts)
+
+
+def params_list(params: Any, count: int) -> list[SamplingParams]:
+    """One for each of `count` prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, (list, tuple)):
+        found = type_name(params)
+        raise InvalidRequest(f"params are SamplingParams or a list of them, not {found}")
+    for given in params:
+        if not isinstance(given, SamplingParams):
+            raise InvalidRequest(f"a list of params holds SamplingParams, not {type_name(given)}")
+    if len(params) != count:
+        raise InvalidRequest(f"{len(params)} params for {count} prompts; give one, or one for each")
+    return list(params)
+
+
+def check_streamed(params: SamplingParams) -> None:
+    if (params.best_of or 0) > params.n:
+        raise InvalidRequest(
+            f"best_of is {params.best_of} and n is {params.n}: which are best is known when all "
+            "have ended. Use generate, or leave best_of out."
+        )
+
+
+def is_integer(value: Any) -> bool:
+    """NumPy's integers too."""
+    return hasattr(value, "__index__") and not hasattr(value, "__len__")
+
+
+def type_name(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,51 @@
+"""From a model's folder to an engine that serves it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlxpage.engine import Engine
+from mlxpage.errors import EngineError
+from mlxpage.metal import choice
+from mlxpage.metal import memory as sizing
+from mlxpage.metal import model as models
+from mlxpage.text import Tokenizer
+
+
+def load_engine(
+    closing: threading.Event,
+    *,
+    folder: Path,
+    sizes: dict[str, Any],
+    limits: dict[str, int],
+    prefix_cache: bool,
+    dtype: str | None,
+    seed: int | None,
+    defaults: dict[str, Any],
+    backend: str | None,
+    on_status: Callable[[str], None] | None,
+    on_loaded: Callable[[int, int], None] | None,
+) -> Engine:
+    """`sizes` are for the plan alone, `limits` for the engine too. Ends with EngineError when
+    `closing` is set."""
+
+    def on_bytes(done: int, total: int) -> None:
+        if closing.is_set():
+            raise EngineError("closed while the model was loading")
+        if on_loaded:
+            try:
+                on_loaded(done, total)
+            except Exception as error:
+                reason = f"on_loaded raised {type(error).__name__}: {error}"
+                raise EngineError(reason) from error
+
+    sizing.check_weights(folder, sizes["memory"])
+    loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
+    plan = sizing.plan(loaded, **sizes, **limits)
+    served = choice.checked(loaded, sizes["block_size"], backend, on_status)
+    tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
+    options = {"defaults": defaults, "seed": seed, "backend": served}
+    return Engine(loaded, tokenizer, plan, prefix_cache=prefix_cache, **options, **limits)
