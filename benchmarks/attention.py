@@ -6,8 +6,9 @@ An M4 or an H100 copies at a known rate; attention can come close to it and can'
     python benchmarks/attention.py [--quick] [--shape NAME ...]
 
 Arms, in turns in one process: our kernel over scattered blocks; as a decode uses it, with the
-newest row appended on the way; over consecutive blocks; MLX's attention over contiguous K and V;
-MLX's after our gather; and where torch and flashinfer are installed, FlashInfer's paged decode.
+newest row appended on the way; over consecutive blocks; over blocks of 8 and of 4 bits; MLX's
+attention over contiguous K and V; MLX's after our gather; and where torch and flashinfer are
+installed, FlashInfer's paged decode. GB/s are of the bytes that an arm's K and V have.
 Each measurement chains launches, the output of one being the queries of the next, and K and V of at
 least 256 MB are in rotation, so that no cache holds them. Medians with p10 and p90; per cent are of
 this GPU's copy speed, measured here (bytes read and written). The last line is JSON.
@@ -23,7 +24,8 @@ import numpy as np
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import device, mx
 from mlxpage.metal.kernels.pool import as_input
-from mlxpage.metal.layout import Blocks
+from mlxpage.metal.layout import Blocks, Format, PoolKind
+from mlxpage.metal.quantised import quantised_blocks
 
 # batch, context, query heads, KV heads, head size, block size
 SHAPES = {
@@ -57,19 +59,16 @@ class Case:
             self.contexts = np.full(batch, context, np.int32)
         self.blocks = -(-self.contexts // block_size)
         self.num_blocks = int(self.blocks.sum())
-        self.nbytes = 2 * int(self.contexts.sum()) * kv_heads * head_dim * DTYPE.size
-        self.sets = max(1, round(ROTATION / self.nbytes + 0.5))
+        self.nbytes = self.bytes_of(None)
         self.scale = head_dim**-0.5
-        shape = (self.num_blocks + 1, kv_heads, block_size, head_dim)
-        pools = [Blocks.plain(_random(shape), _random(shape)) for _ in range(self.sets)]
-        self.kind = pools[0].kind
-        self.pools = [Blocks(as_input(k), as_input(v), kind) for k, v, kind in pools]
+        self.shape = (self.num_blocks + 1, kv_heads, block_size, head_dim)
+        self.pools = self._pools(None)
         self.q = _random((batch, heads, 1, head_dim))
         self.fence = mx.zeros(8, mx.int32)
         self.starts = np.arange(batch + 1, dtype=np.int32)
         self.scattered = self._tables(rng.permutation(self.num_blocks) + 1)
         self.consecutive = self._tables(np.arange(self.num_blocks) + 1)
-        mx.eval(self.pools, self.q, self.fence)
+        mx.eval(self.q, self.fence)
 
     def _tables(self, order) -> np.ndarray:
         tables = np.zeros((len(self.blocks), self.blocks.max()), np.int32)
@@ -78,8 +77,26 @@ class Case:
             row[:count] = order[end - count : end]
         return tables
 
-    def paged(self, tables, *, append=False):
-        cost = kernels.run_cost(self.kind, self.heads)
+    def bytes_of(self, bits) -> int:
+        part = Format(self.head_dim, DTYPE, bits)
+        return 2 * int(self.contexts.sum()) * self.kv_heads * part.nbytes
+
+    def _pools(self, bits) -> list[Blocks]:
+        """As many as it takes for no cache to hold them."""
+        part = Format(self.head_dim, DTYPE, bits)
+        kind = PoolKind(self.kv_heads, self.block_size, part, part)
+        pools = []
+        for _ in range(max(1, round(ROTATION / self.bytes_of(bits) + 0.5))):
+            pair = [_random(self.shape) for _ in range(2)]
+            if bits:
+                pair = [quantised_blocks(rows, part) for rows in pair]
+            mx.eval(pair)
+            pools.append(Blocks(*map(as_input, pair), kind))
+        return pools
+
+    def paged(self, tables, *, append=False, bits=None):
+        pools = self._pools(bits) if bits else self.pools
+        cost = kernels.run_cost(pools[0].kind, self.heads)
         work = kernels.plan_work(self.starts, self.contexts, tables, self.block_size, None, cost)
 
         new = tuple(_random((len(self.q), self.kv_heads, 1, self.head_dim)) for _ in range(2))
@@ -87,7 +104,7 @@ class Case:
         options = {"scale": self.scale, "new": new if append else None}
 
         def attend(q, i):
-            return kernels.paged_attention(q, self.pools[i], work, self.fence, **options)[0]
+            return kernels.paged_attention(q, pools[i % len(pools)], work, self.fence, **options)[0]
 
         return attend
 
@@ -97,19 +114,21 @@ class Case:
         mask = self._mask()
 
         def attend(q, i):
-            k, v = kernels.gather(self.pools[i], *arrays, shape, self.fence)
+            k, v = kernels.gather(self.pools[i % len(self.pools)], *arrays, shape, self.fence)
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
 
         return attend
 
     def contiguous(self):
         shape = (len(self.contexts), self.kv_heads, int(self.contexts.max()), self.head_dim)
-        sets = [(_random(shape), _random(shape)) for _ in range(self.sets)]
+        sets = [(_random(shape), _random(shape)) for _ in range(len(self.pools))]
         mx.eval(sets)
         mask = self._mask()
 
         def attend(q, i):
-            return mx.fast.scaled_dot_product_attention(q, *sets[i], scale=self.scale, mask=mask)
+            return mx.fast.scaled_dot_product_attention(
+                q, *sets[i % len(self.pools)], scale=self.scale, mask=mask
+            )
 
         return attend
 
@@ -123,6 +142,11 @@ class Case:
             "ours": self.paged(self.scattered),
             "ours, appending": self.paged(self.scattered, append=True),
             "ours, consecutive": self.paged(self.consecutive),
+            **{
+                f"ours, {bits} bits": self.paged(self.scattered, bits=bits)
+                for bits in (8, 4)
+                if self.head_dim % 32 == 0
+            },
             "MLX, contiguous": self.contiguous(),
             "gather + MLX": self.gathered(),
         }
@@ -136,7 +160,7 @@ def time_chain(attend, case, launches) -> float:
     """Microseconds of one of `launches`, each after the other."""
     q = case.q
     for i in range(launches):
-        q = attend(q, i % case.sets)
+        q = attend(q, i)
     start = time.perf_counter()
     mx.eval(q)
     mx.synchronize()
@@ -152,7 +176,8 @@ def measure(case, launches, repeats) -> dict:
         for name, attend in arms.items():
             times[name].append(time_chain(attend, case, launches))
     times |= flashinfer(case, launches, repeats)
-    return {name: _summary(values, case.nbytes) for name, values in times.items()}
+    bits = {"ours, 8 bits": 8, "ours, 4 bits": 4}
+    return {name: _summary(values, case.bytes_of(bits.get(name))) for name, values in times.items()}
 
 
 def _summary(values, nbytes) -> dict:
@@ -175,7 +200,7 @@ def flashinfer(case, launches, repeats) -> dict:
         return {}
     to = {"device": "cuda"}
     shape = (case.num_blocks + 1, 2, case.kv_heads, case.block_size, case.head_dim)
-    pools = [torch.randn(shape, dtype=torch.bfloat16, **to) for _ in range(case.sets)]
+    pools = [torch.randn(shape, dtype=torch.bfloat16, **to) for _ in range(len(case.pools))]
     indices = torch.tensor(
         np.concatenate([row[:n] for row, n in zip(case.scattered, case.blocks, strict=True)]), **to
     )
@@ -195,7 +220,7 @@ def flashinfer(case, launches, repeats) -> dict:
         begin.record()
         x = q
         for i in range(launches):
-            x = wrapper.run(x, pools[i % case.sets])
+            x = wrapper.run(x, pools[i % len(case.pools)])
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / launches * 1e3

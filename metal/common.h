@@ -94,31 +94,41 @@ struct Side<float> {
   typedef half type;
 };
 
-// Codes: in the lowest bits of a float that is 2^23, an integer adds its value.
+// Codes: as the highest bits of a float's fraction they make 1 + code / 2^BITS. See `factors`.
 template <typename T, int BITS>
 struct Word {
-  static METAL_FUNC void unpack(uint word, uint side, thread float* to) {
-    float scale_and_bias[2];
-    Pair<typename Side<T>::type>::unpack(side, scale_and_bias);
+  static METAL_FUNC void unpack(uint word, thread float* to) {
+    constexpr uint FRACTION = ((1u << BITS) - 1u) << (23 - BITS);
 #pragma unroll
     for (int i = 0; i < 32 / BITS; i++) {
-      const uint code = word >> (i * BITS) & ((1u << BITS) - 1u);
-      const float value = as_type<float>(code | 0x4b000000u) - 8388608.0f;
-      to[i] = value * scale_and_bias[0] + scale_and_bias[1];
+      const int right = (i + 1) * BITS - 23;
+      const uint moved = right > 0 ? word >> (right & 31) : word << (-right & 31);
+      to[i] = as_type<float>((moved & FRACTION) | 0x3f800000u);
     }
   }
 };
 
+// What makes an element of what a code is unpacked to: a factor, and what is added.
+template <typename T, int BITS>
+METAL_FUNC float2 factors(uint side) {
+  float scale_and_bias[2];
+  Pair<typename Side<T>::type>::unpack(side, scale_and_bias);
+  float2 v;
+  v.x = scale_and_bias[0] * float(1u << BITS % 32);
+  v.y = scale_and_bias[1] - v.x;
+  return v;
+}
+
 template <>
 struct Word<float, 32> {
-  static METAL_FUNC void unpack(uint word, uint, thread float* to) {
+  static METAL_FUNC void unpack(uint word, thread float* to) {
     to[0] = as_type<float>(word);
   }
 };
 
 template <typename T>
 struct Word<T, 16> {
-  static METAL_FUNC void unpack(uint word, uint, thread float* to) {
+  static METAL_FUNC void unpack(uint word, thread float* to) {
     Pair<T>::unpack(word, to);
   }
 };
@@ -164,6 +174,7 @@ METAL_FUNC void store(
   }
 }
 
+// Elements, or of codes what makes elements by the `factors` of each piece.
 template <typename T, int BITS, int GROUP, int PIECES, int WIDTH, int LANES>
 METAL_FUNC void unpack(
     const thread Share<T, BITS, GROUP, PIECES, WIDTH, LANES>& share, thread float* to) {
@@ -172,9 +183,7 @@ METAL_FUNC void unpack(
   for (int piece = 0; piece < PIECES; piece++) {
 #pragma unroll
     for (int word = 0; word < WIDTH / ELEMENTS; word++) {
-      const uint side = BITS < 16 ? share.sides[piece] : 0;
-      Word<T, BITS>::unpack(
-          share.words[piece][word], side, to + piece * WIDTH + word * ELEMENTS);
+      Word<T, BITS>::unpack(share.words[piece][word], to + piece * WIDTH + word * ELEMENTS);
     }
   }
 }
@@ -183,7 +192,7 @@ METAL_FUNC void unpack(
 template <typename T, int BITS, int GROUP>
 METAL_FUNC void quantise(const device T* group, device uint* codes, device uint* side) {
   typedef typename Side<T>::type S;
-  constexpr float MOST = float((1u << BITS) - 1u);
+  constexpr float MOST = float((1u << BITS % 32) - 1u);
   float low = float(group[0]);
   float high = low;
 #pragma unroll 4
@@ -239,9 +248,10 @@ METAL_FUNC void read_piece(
   if (BITS < 16) {
     float elements[WIDTH];
     unpack(share, elements);
+    const float2 by = factors<T, BITS>(share.sides[0]);
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) {
-      row[piece * WIDTH + i] = T(elements[i]);
+      row[piece * WIDTH + i] = T(elements[i] * by.x + by.y);
     }
   } else {
     store_words((device uint*)(row + piece * WIDTH), share.words[0]);

@@ -34,8 +34,12 @@ constexpr int SCORES = PADDED_QUERIES * KEYS;
 constexpr int OWN = SCORES > LANES ? SCORES / LANES : 1;     // finished scores of a lane
 constexpr int COPIES = SCORES < LANES ? LANES / SCORES : 1;  // lanes that hold the same score
 constexpr int QUERY_LANES = LANES / PADDED_QUERIES;          // lanes with scores of one query
-typedef mlxpage::Share<KV, K_BITS, K_GROUP, K_SHARE / K_WIDTH, K_WIDTH, LANES> KShare;
-typedef mlxpage::Share<KV, V_BITS, V_GROUP, V_SHARE / V_WIDTH, V_WIDTH, LANES> VShare;
+constexpr int K_PIECES = K_SHARE / K_WIDTH;
+constexpr int V_PIECES = V_SHARE / V_WIDTH;
+constexpr bool K_CODES = K_BITS < 16;
+constexpr bool V_CODES = V_BITS < 16;
+typedef mlxpage::Share<KV, K_BITS, K_GROUP, K_PIECES, K_WIDTH, LANES> KShare;
+typedef mlxpage::Share<KV, V_BITS, V_GROUP, V_PIECES, V_WIDTH, LANES> VShare;
 
 const int thread_index = int(thread_position_in_threadgroup.x);
 const int simd_group = int(simdgroup_index_in_threadgroup);
@@ -98,7 +102,9 @@ if (appends) {
 // The queries, in the lanes' shares, scaled so that exp2 takes their products.
 const float scale = SOFTCAP ? floats[0] / floats[1] : floats[0] * mlxpage::LOG2_E;
 float queries[QUERIES][K_SHARE];
+float query_sums[QUERIES][K_PIECES];  // for what is added to all codes of a piece
 float sums[QUERIES][V_SHARE];
+float added[QUERIES][V_PIECES];  // to all sums of a piece
 #pragma unroll
 for (int i = 0; i < QUERIES; i++) {
   const int query = first_query + min(i, num_queries - 1);
@@ -111,6 +117,18 @@ for (int i = 0; i < QUERIES; i++) {
 #pragma unroll
   for (int j = 0; j < V_SHARE; j++) {
     sums[i][j] = 0.0f;
+  }
+#pragma unroll
+  for (int piece = 0; piece < K_PIECES; piece++) {
+    query_sums[i][piece] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < K_WIDTH; j++) {
+      query_sums[i][piece] += queries[i][piece * K_WIDTH + j];
+    }
+  }
+#pragma unroll
+  for (int piece = 0; piece < V_PIECES; piece++) {
+    added[i][piece] = 0.0f;
   }
 }
 
@@ -171,14 +189,25 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
   for (int i = 0; i < KEYS; i++) {
     float elements[K_SHARE];
     mlxpage::unpack(key_shares[i], elements);
+    float2 by[K_PIECES];
+    if (K_CODES) {
+#pragma unroll
+      for (int piece = 0; piece < K_PIECES; piece++) {
+        by[piece] = mlxpage::factors<KV, K_BITS>(key_shares[i].sides[piece]);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < PADDED_QUERIES; j++) {
+      const int query = j < QUERIES ? j : 0;
       float sum = 0.0f;
-      if (j < QUERIES) {
 #pragma unroll
-        for (int e = 0; e < K_SHARE; e++) {
-          sum += queries[j < QUERIES ? j : 0][e] * elements[e];
+      for (int piece = 0; piece < (j < QUERIES ? K_PIECES : 0); piece++) {
+        float part = K_CODES ? 0.0f : sum;
+#pragma unroll
+        for (int e = piece * K_WIDTH; e < (piece + 1) * K_WIDTH; e++) {
+          part += queries[query][e] * elements[e];
         }
+        sum = K_CODES ? sum + part * by[piece].x + query_sums[query][piece] * by[piece].y : part;
       }
       scores[j * KEYS + i] = sum;
     }
@@ -244,6 +273,10 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
       for (int j = 0; j < V_SHARE; j++) {
         sums[i][j] *= of_query;
       }
+#pragma unroll
+      for (int piece = 0; piece < V_PIECES; piece++) {
+        added[i][piece] *= of_query;
+      }
     }
     largest = new_largest;
   }
@@ -258,14 +291,26 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
   for (int i = 0; i < KEYS; i++) {
     float elements[V_SHARE];
     mlxpage::unpack(value_shares[i], elements);
+    float2 by[V_PIECES];
+    if (V_CODES) {
+#pragma unroll
+      for (int piece = 0; piece < V_PIECES; piece++) {
+        by[piece] = mlxpage::factors<KV, V_BITS>(value_shares[i].sides[piece]);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < QUERIES; j++) {
       const int score = j * KEYS + i;
       const ushort holder = ushort(key_group * LANES + score / OWN * COPIES);
       const float weight = simd_shuffle(scores[score % OWN], holder);
 #pragma unroll
-      for (int e = 0; e < V_SHARE; e++) {
-        sums[j][e] += weight * elements[e];
+      for (int piece = 0; piece < V_PIECES; piece++) {
+        const float of_piece = V_CODES ? weight * by[piece].x : weight;
+        added[j][piece] += V_CODES ? weight * by[piece].y : 0.0f;
+#pragma unroll
+        for (int e = piece * V_WIDTH; e < (piece + 1) * V_WIDTH; e++) {
+          sums[j][e] += of_piece * elements[e];
+        }
       }
     }
   }
@@ -302,7 +347,7 @@ if (key_group == 0 && lane % QUERY_LANES == 0) {
 for (int i = 0; i < QUERIES; i++) {
 #pragma unroll
   for (int j = 0; j < V_SHARE; j++) {
-    float sum = sums[i][j];
+    float sum = V_CODES ? sums[i][j] + added[i][j / V_WIDTH] : sums[i][j];
 #pragma unroll
     for (int mask = LANES; mask < 32; mask *= 2) {
       sum += simd_shuffle_xor(sum, ushort(mask));

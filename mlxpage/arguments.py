@@ -10,6 +10,7 @@ from mlxpage.errors import InvalidRequest
 from mlxpage.sampling_params import SamplingParams
 
 Prompt = str | list[int]
+KVBits = int | tuple[int | None, int | None] | None
 
 
 # -- of a model to be loaded --
@@ -22,6 +23,7 @@ def check_options(
     max_num_seqs: int,
     max_num_batched_tokens: int = 512,
     dtype: str | None,
+    kv_bits: KVBits = None,
     num_blocks: int | None = None,
     prefix_cache: bool = True,
     backend: str | None = None,
@@ -32,6 +34,7 @@ def check_options(
         raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
     _check_one_of("block_size", block_size, (16, 32))
     _check_one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
+    kv_bits_pair(kv_bits)
     if not isinstance(prefix_cache, bool):
         raise InvalidRequest(f"prefix_cache is {prefix_cache!r:.80}; it must be True or False")
     _check_one_of("backend", backend, (None, "metal", "cuda", "reference"))
@@ -46,6 +49,18 @@ def check_options(
         check_integer("num_blocks", num_blocks, least=1)
     if seed is not None:
         check_integer("seed", seed)
+
+
+def kv_bits_pair(kv_bits: KVBits) -> tuple[int | None, int | None]:
+    """Bits of K and of V; None: not quantised."""
+    pair = tuple(kv_bits) if isinstance(kv_bits, (list, tuple)) else (kv_bits, kv_bits)
+    known = [type(bits) in (int, type(None)) and bits in (None, 8, 4) for bits in pair]
+    if len(pair) != 2 or not all(known):
+        raise InvalidRequest(
+            f"kv_bits is {kv_bits!r:.80}; it must be 8 or 4, a pair of those for K and V with None "
+            "for what isn't quantised, or None"
+        )
+    return pair
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> None:

@@ -125,10 +125,29 @@ _sampling_options = _options(
     click.option("--stop", multiple=True, help="End the answer before this text; repeatable."),
 )
 
+
+class _KVBits(click.ParamType):
+    name = "bits"
+
+    def convert(self, value, param, ctx):
+        """8, 4, or a pair: as `LLM` takes them, which says what is wrong with others."""
+        parts = [self._one(part.strip()) for part in str(value).split(",")]
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+    @staticmethod
+    def _one(text: str):
+        if text.lower() == "none":
+            return None
+        return int(text) if text.isdecimal() else text
+
+
+_kv_bits = click.option("--kv-bits", type=_KVBits(), help="Bits of K and V, 8 or 4; for each: 8,4.")
+
 _engine_options = _options(
     click.option("--memory", help="Budget for weights, pool and scratch: 4GB or 50%."),
     click.option("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
     click.option("--block-size", type=int, default=16, show_default=True, help="16 or 32 tokens."),
+    _kv_bits,
     click.option("--backend", help="metal, cuda or reference; else the best there is."),
     click.option("--dtype", help="float32, float16 or bfloat16."),
 )
@@ -188,7 +207,7 @@ def _read_stdin() -> str:
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of sampling, and of the engine."""
-    engine_names = ("memory", "num_blocks", "block_size", "backend", "dtype")
+    engine_names = ("memory", "num_blocks", "block_size", "kv_bits", "backend", "dtype")
     engine = {name: options.pop(name) for name in engine_names}
     return options, engine
 
@@ -381,9 +400,10 @@ def _turn(llm, messages, line: str, params) -> list[dict[str, str]]:
 @click.option("--memory", help="Budget for weights, pool and scratch: 4GB or 50%.")
 @click.option("--block-size", type=int, default=16, show_default=True, help="16 or 32 tokens.")
 @click.option("--max-num-seqs", type=int, default=32, show_default=True, help="At once.")
+@_kv_bits
 @click.option("--dtype", help="float32, float16 or bfloat16.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def info(model, memory, block_size, max_num_seqs, dtype, as_json):
+def info(model, memory, block_size, max_num_seqs, kv_bits, dtype, as_json):
     """What this machine is, and how MODEL would fit into its memory.
 
     No weights are loaded.
@@ -397,6 +417,7 @@ def info(model, memory, block_size, max_num_seqs, dtype, as_json):
             memory=memory,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
+            kv_bits=kv_bits,
             dtype=dtype,
             on_status=lambda line: _say(line, dim=True),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlxpage
 from mlxpage import model_store
-from mlxpage.arguments import check_options
+from mlxpage.arguments import KVBits, check_options, kv_bits_pair
 from mlxpage.metal import choice, self_check
 from mlxpage.metal import memory as sizing
 from mlxpage.metal import model as models
@@ -42,14 +42,17 @@ def model(
     block_size: int = 16,
     max_num_seqs: int = 32,
     dtype: str | None = None,
+    kv_bits: KVBits = None,
     on_status: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """A model's shape and its memory plan. Raises what loading it would, as far as that shows
     without its weights; `OutOfMemory` is told instead."""
-    check_options(name, block_size=block_size, max_num_seqs=max_num_seqs, dtype=dtype)
+    options = {"block_size": block_size, "max_num_seqs": max_num_seqs}
+    check_options(name, dtype=dtype, kv_bits=kv_bits, **options)
     folder = model_store.resolve(name, on_status=on_status)
     model_store.check_folder(folder)
     loaded = models.load(folder, dtype=dtype, weights=False)
+    loaded.quantise_cache(*kv_bits_pair(kv_bits))
     facts = {
         "model": str(folder),
         "family": loaded.family,
@@ -70,7 +73,7 @@ def model(
         backend = choice.proven(wanted, lambda: self_check.check_kernels(loaded, block_size))
         facts["backend for it"] = f"{backend.name} ({backend.why})"
     try:
-        plan = sizing.plan(loaded, memory=memory, block_size=block_size, max_num_seqs=max_num_seqs)
+        plan = sizing.plan(loaded, memory=memory, **options)
         facts["fits"] = plan.describe()
     except mlxpage.OutOfMemory as error:
         facts["fits"] = f"no: {error}"

@@ -10,12 +10,14 @@ from typing import Any, overload
 
 from mlxpage import beams
 from mlxpage.arguments import (
+    KVBits,
     Prompt,
     check_integer,
     check_options,
     check_streamed,
     is_integer,
     is_prompt,
+    kv_bits_pair,
     params_list,
     prompt_list,
     type_name,
@@ -43,6 +45,9 @@ class LLM:
         block_size: tokens in a block, 16 or 32.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed in a step; longer prompts come in chunks.
+        kv_bits: 8 or 4 keeps K and V as codes of so many bits, in groups of 64 elements of a head
+            (32, where 64 doesn't divide it) with a scale and a bias each: about half and 0.28
+            times the bytes of 16 bits. A pair is for K and V apart, as in (8, 4) or (None, 8).
         prefix_cache: whether blocks keep what they hold after their sequence has ended, until they
             are needed: a prompt that begins alike isn't computed again.
         backend: "metal", "cuda" or "reference". None: MLXPAGE_BACKEND, or the kernels of this
@@ -69,6 +74,7 @@ class LLM:
         block_size: int = 16,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
+        kv_bits: KVBits = None,
         prefix_cache: bool = True,
         backend: str | None = None,
         dtype: str | None = None,
@@ -82,6 +88,7 @@ class LLM:
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            kv_bits=kv_bits,
             prefix_cache=prefix_cache,
             backend=backend,
             dtype=dtype,
@@ -109,6 +116,7 @@ class LLM:
                 },
                 prefix_cache=prefix_cache,
                 dtype=dtype,
+                kv_bits=kv_bits_pair(kv_bits),
                 seed=seed,
                 defaults=self.defaults,
                 backend=backend,

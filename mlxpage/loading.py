@@ -23,6 +23,7 @@ def load_engine(
     limits: dict[str, int],
     prefix_cache: bool,
     dtype: str | None,
+    kv_bits: tuple[int | None, int | None],
     seed: int | None,
     defaults: dict[str, Any],
     backend: str | None,
@@ -44,6 +45,7 @@ def load_engine(
 
     sizing.check_weights(folder, sizes["memory"])
     loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
+    loaded.quantise_cache(*kv_bits)
     plan = sizing.plan(loaded, **sizes, **limits)
     served = choice.checked(loaded, sizes["block_size"], backend, on_status)
     tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))

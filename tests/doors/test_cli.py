@@ -169,6 +169,20 @@ def test_engine_options_reach_the_engine(cli, tiny_folder):
     assert record["bytes"]["weights"] < (tiny_folder / "model.safetensors").stat().st_size * 0.6
 
 
+@pytest.mark.parametrize(
+    "bits, share", [("8", 9 / 16), ("4", 5 / 16), ("8,4", 7 / 16), ("none,4", 21 / 32)]
+)
+def test_kv_bits_make_a_pool_smaller(cli, tmp_path, bits, share):
+    """Of heads of 32, in one group: 16 bits of scale and 16 of bias, beside 32 elements."""
+    folder = tiny.make(tmp_path / "wide", num_attention_heads=2, num_key_value_heads=1)
+    options = ["-n", "2", "--json", "--num-blocks", "9", "--dtype", "float16"]
+    pools = [
+        json.loads(cli("generate", folder, "a", *options, *more).out)["bytes"]["pool"]
+        for more in ([], ["--kv-bits", bits])
+    ]
+    assert pools[1] == share * pools[0]
+
+
 @pytest.mark.parametrize("no_color, color", [("1", False), ("", None)])
 def test_no_color_is_no_color(monkeypatch, no_color, color):
     monkeypatch.setenv("NO_COLOR", no_color)

@@ -77,12 +77,59 @@ def test_the_kernels_pass_their_check_on_a_models_shapes(family):
     self_check.check(model, 16, backend=kernels)
 
 
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (None, 4)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_kernels_serve_the_tokens_of_the_reference_over_quantised_blocks(family, bits):
+    model = tiny_models.make(family, head_dim=32)
+    model.quantise_cache(*bits)
+    results = []
+    for backend in (choice.REFERENCE, ON_KERNELS):
+        served = engine(model, backend, num_blocks=9)
+        results.append(serving.serve(served, prompts(), PARAMS))
+        assert served.stats()["failed_steps"] == 0
+        assert served.scheduler.prefix_cache.num_evictions, "blocks come and go"
+    for expected, output in zip(*results, strict=True):
+        # What lies between two codes may become either, and then a step of a code is no rounding.
+        for ours, theirs in zip(output.logprobs, expected.logprobs, strict=True):
+            if ours.token_id != theirs.token_id:
+                break
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=0.05)
+    same = [a.token_ids == b.token_ids for a, b in zip(*results, strict=True)]
+    assert sum(same) >= len(same) - 1
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4)], ids=str)
+def test_the_kernels_pass_their_check_over_quantised_blocks(bits):
+    model = tiny_models.make("gemma3_text", head_dim=32)
+    model.quantise_cache(*bits)
+    self_check.check_kernels(model, 16)
+    self_check.check(model, 16, backend=kernels)
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("common.h", "v.y = scale_and_bias[1] - v.x;", "v.y = scale_and_bias[1];"),
+        ("common.h", "low = min(low, float(group[i]));", ""),
+        ("paged_attention.metal", "added[j][piece] += V_CODES ? weight * by[piece].y : 0.0f;", ""),
+    ],
+)
+def test_kernels_that_read_codes_otherwise_fail_their_check(file, old, new):
+    model = tiny_models.make("llama", head_dim=32)
+    model.quantise_cache(8, 8)
+    assert launch._text(file).count(old) == 1
+    with paging.text_changed(file, old, new):
+        paging.forget()
+        with pytest.raises(UnsupportedModel, match="differs from the reference by"):
+            self_check.check_kernels(model, 16)
+
+
 @pytest.mark.parametrize(
     "file, old, new",
     [
         ("paged_attention.metal", "at > first_key", "at >= first_key"),
         ("merge_partials.metal", "run < runs; run++", "run + 1 < runs; run++"),
-        ("write_kv.metal", "+ slot % BLOCK_SIZE;", "+ (slot + 1) % BLOCK_SIZE;"),
+        ("write_kv.metal", "= slot % BLOCK_SIZE;", "= (slot + 1) % BLOCK_SIZE;"),
         ("gather_blocks.metal", "position / BLOCK_SIZE : 0", "0 : 0"),
     ],
 )
@@ -214,21 +261,22 @@ class Recorder:
     def noting(self, name, call):
         def noted(*args, **options):
             result = call(*args, **options)
-            k_pool = args[{"write": 2, "paged_attention": 1, "gather": 0}[name]]
-            taken = args[4] if name == "paged_attention" else args[5]
+            blocks = args[{"write": 2, "paged_attention": 1, "gather": 0}[name]]
+            taken = args[3] if name == "paged_attention" else args[4]
             given = {"write": result, "paged_attention": result[1], "gather": None}[name]
             kind = "append" if options.get("new") is not None else name
-            self.calls.append((kind, id(k_pool), taken, given))
+            self.calls.append((kind, id(blocks.k), taken, given))
             return result
 
         return noted
 
 
-@pytest.mark.parametrize("fetches", [False, True])
+@pytest.mark.parametrize("fetches, bits", [(False, None), (True, None), (False, 8)])
 def test_every_read_comes_after_its_layers_write_and_every_write_after_the_last_step(
-    monkeypatch, fetches
+    monkeypatch, fetches, bits
 ):
     model = tiny_models.make("llama", hidden_size=128)
+    model.quantise_cache(bits, bits)
     monkeypatch.setattr(kernels, "COMPILES", False)  # a trace has other arrays
     served = engine(model, ON_KERNELS)
     model.fetches = fetches
@@ -251,8 +299,9 @@ def test_every_read_comes_after_its_layers_write_and_every_write_after_the_last_
         if given is not None:
             fences.setdefault(k_pool, []).append(given)
     assert kinds["end"] > 3 and kinds["write"] and kinds["gather"]
-    assert kinds["paged_attention" if fetches else "append"]
-    assert not kinds["append" if fetches else "paged_attention"]
+    apart = fetches or bits
+    assert kinds["paged_attention" if apart else "append"]
+    assert not kinds["append" if apart else "paged_attention"]
 
 
 def test_what_a_step_evaluates_holds_every_fence_and_what_comes_after_its_reads():

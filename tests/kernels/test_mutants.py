@@ -42,7 +42,7 @@ MUTANTS = [
     (ATTENTION, "const int lane = simd_lane % LANES;", "const int lane = simd_lane;"),
     (ATTENTION, "constexpr int STRIDE = SIMD_GROUPS * STEP;", "constexpr int STRIDE = STEP;"),
     (ATTENTION, "step < end; step += STRIDE", "step + STEP < end; step += STRIDE"),
-    (ATTENTION, "sum += queries[j < QUERIES ? j : 0][e] * elements[e];", "sum += queries[0][e] * elements[e];"),
+    (ATTENTION, "part += queries[query][e] * elements[e];", "part += queries[0][e] * elements[e];"),
     (ATTENTION, "const bool upper = (lane & mask) != 0;", "const bool upper = (lane & mask) == 0;"),
     (ATTENTION, "scores[0] += simd_shuffle_xor(scores[0], ushort(mask));", ""),
     (ATTENTION, "sums[i][j] *= of_query;", ""),
@@ -95,9 +95,9 @@ MUTANTS = [
     (COMMON, "load_words(head + offset * ROW + part * (WIDTH * BITS / 32), share.words[piece]);", "load_words(head + offset * ROW + part * (WIDTH * BITS / 32) + 1, share.words[piece]);"),
     (COMMON, "head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];", "head[BLOCK_SIZE * ROW + offset * SIDES];"),
     (COMMON, "head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];", "head[BLOCK_SIZE * ROW + part * WIDTH / GROUP];"),
-    (COMMON, "const uint code = word >> (i * BITS) & ((1u << BITS) - 1u);", "const uint code = word >> (i * BITS) & 255u;"),
-    (COMMON, "to[i] = value * scale_and_bias[0] + scale_and_bias[1];", "to[i] = value * scale_and_bias[0];"),
-    (COMMON, "const uint side = BITS < 16 ? share.sides[piece] : 0;", "const uint side = BITS < 16 ? share.sides[0] : 0;"),
+    (COMMON, "const int right = (i + 1) * BITS - 23;", "const int right = i * BITS - 23 + 8;"),
+    (COMMON, "v.y = scale_and_bias[1] - v.x;", "v.y = scale_and_bias[1];"),
+    (COMMON, "share.sides[piece] = head[", "share.sides[0] = head["),
     (COMMON, "high = max(high, float(group[i]));", ""),
     (COMMON, "for (int i = 1; i < GROUP; i++) {", "for (int i = 1; i < GROUP - 1; i++) {"),
     (COMMON, "return uint(as_type<ushort>(low)) | uint(as_type<ushort>(high)) << 16;", "return uint(as_type<ushort>(high)) | uint(as_type<ushort>(low)) << 16;"),
@@ -106,6 +106,11 @@ MUTANTS = [
     (COMMON, "+ offset * (DIM / GROUP);", "+ offset;"),
     (COMMON, "for (int word = 0; word < GROUP * BITS / 32; word++) {", "for (int word = 0; word < GROUP * BITS / 32 - 1; word++) {"),
     (COMMON, "if (exists) {", "if (true) {"),
+    (ATTENTION, "query_sums[query][piece] * by[piece].y", "query_sums[0][piece] * by[piece].y"),
+    (ATTENTION, "query_sums[i][piece] += queries[i][piece * K_WIDTH + j];", "query_sums[i][piece] += queries[i][j];"),
+    (ATTENTION, "added[i][piece] *= of_query;", ""),
+    (ATTENTION, "sums[i][j] + added[i][j / V_WIDTH]", "sums[i][j] + added[i][0]"),
+    (ATTENTION, "by[piece] = mlxpage::factors<KV, V_BITS>(value_shares[i].sides[piece]);", "by[piece] = mlxpage::factors<KV, V_BITS>(value_shares[i].sides[0]);"),
 ]  # fmt: skip
 
 

@@ -35,8 +35,14 @@ def tiling(k: Format, v: Format, queries: int, block_size: int, cuda: bool) -> T
 
     Raises UnsupportedModel for a head size that no choice of lanes divides.
     """
-    registers = 32 if cuda else 16  # floats of the queries, and as many of the sums, in a lane
-    loads = 64 if cuda else 16  # words of K and V that are on their way
+    # Codes take instructions to unpack, so a lane holds more of a row, for fewer queries at once:
+    # what it does for a row besides is shared by more elements then.
+    has_codes = bool(k.bits or v.bits)
+    registers = 16  # floats of the queries, and as many of the sums, in a lane
+    loads = 16  # words of K and V that are on their way
+    if cuda:
+        registers, loads = 64 if has_codes else 32, 64
+    most, scores = (4, 16) if has_codes else (8, 32)  # of queries; of them with the keys of a step
     widest = max(k.head_dim, v.head_dim)
     row_bits = [part.head_dim * part.element_bits for part in (k, v)]
     possible = [n for n in (4, 8, 16, 32) if not any(bits % (32 * n) for bits in row_bits)]
@@ -45,7 +51,7 @@ def tiling(k: Format, v: Format, queries: int, block_size: int, cuda: bool) -> T
             f"heads of {k.head_dim} and {v.head_dim} elements take {row_bits[0]} and {row_bits[1]} "
             "bits, which are not multiples of 128, as the attention kernel needs"
         )
-    at_once = min(queries, 8, possible[-1])
+    at_once = min(queries, most, possible[-1])
     while at_once > 1 and at_once * widest // possible[-1] > registers:
         at_once -= 1
     # The same number in each pass.
@@ -55,7 +61,7 @@ def tiling(k: Format, v: Format, queries: int, block_size: int, cuda: bool) -> T
     lanes = min(enough, default=possible[-1])
     share = (k.row_words + v.row_words) // lanes  # words that a lane holds of a K and a V
     keys = 1
-    while keys < min(8, block_size) and 2 * keys * share <= loads and 2 * keys * padded <= 32:
+    while keys < min(8, block_size) and 2 * keys * share <= loads and 2 * keys * padded <= scores:
         keys *= 2
     simd_groups = 4
     while simd_groups > 1 and simd_groups * at_once * v.head_dim * 4 > _MAX_THREADGROUP_BYTES:
