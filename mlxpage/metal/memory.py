@@ -12,6 +12,7 @@ from mlxpage.metal.backend import device
 from mlxpage.metal.kv_cache import windows
 from mlxpage.metal.layout import LayerSpec
 from mlxpage.metal.model import Model
+from mlxpage.sizes import gigabytes, in_bytes
 
 DEFAULT_SHARE = 0.5
 # Without a budget given, the pool is no larger than this many tokens for each sequence that may
@@ -27,10 +28,6 @@ _PIECES_AT_ONCE = 18
 _LAYERS_AT_ONCE = 3
 # Rows of a step whose prompt log-probabilities are asked for, beside one of each sequence.
 _SCORED_ROWS = 64
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6}
-_UNITS |= {"G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +62,15 @@ def parse(memory: str | int | None, total: int) -> int:
     """
     if memory is None:
         return int(total * DEFAULT_SHARE)
-    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]+)?)\s*(%|[a-zA-Z]*)\s*", str(memory))
-    unit = match and match[2].upper()
-    if not match or (unit != "%" and unit not in _UNITS):
+    share = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]+)?)\s*%\s*", str(memory))
+    wanted = int(float(share[1]) * (total / 100)) if share else in_bytes(memory)
+    if wanted is None:
         raise InvalidRequest(f"memory is {memory!r}; write it like '4GB', '512MiB' or '50%'")
-    wanted = int(float(match[1]) * (total / 100 if unit == "%" else _UNITS[unit]))
     if not 0 < wanted <= total:
         raise InvalidRequest(
             f"memory is {memory!r}, {gigabytes(wanted)}; this machine has {gigabytes(total)}"
         )
     return wanted
-
-
-def gigabytes(size: int) -> str:
-    if size >= 1e9:
-        return f"{size / 1e9:.1f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def check_weights(folder: Path, memory: str | int | None) -> None:
