@@ -131,10 +131,11 @@ def stats(folder: str) -> dict[str, Any]:
 def clear(folder: str) -> dict[str, int]:
     """Removes all blocks; tells how many, and their bytes. Whoever uses them meanwhile finds
     nothing. Raises OSError."""
-    if not os.path.isdir(folder):
-        return {"blocks": 0, "bytes": 0}
     removed, size = 0, 0
-    lock = take_lock(folder)
+    try:
+        lock = take_lock(folder)
+    except FileNotFoundError:
+        return {"blocks": 0, "bytes": 0}
     try:
         for path, status in walk(folder):
             if is_block(path, status):

@@ -9,6 +9,7 @@ import tiny_folder as tiny
 
 import mlxpage
 from mlxpage import cli as command_line
+from mlxpage.block_store import BlockStore
 
 GREEDY = ("--temp", "0", "-n", "6")
 
@@ -354,6 +355,76 @@ def test_info_tells_of_a_model_that_does_not_fit(cli, tiny_folder):
     ran = cli("info", tiny_folder, "--memory", "1MB", "--json")
     assert ran.code == 0
     assert json.loads(ran.out)["fits"].startswith("no: ")
+
+
+# -- cache --
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    """A folder with three blocks of one model and one of another."""
+    for name, count in (("one\x1b[2J", 3), ("other", 1)):
+        with BlockStore(tmp_path / "blocks", {"model": name}, 10**9) as store:
+            for number in range(count):
+                assert store.put(b"%d" % number, bytes(500_000))
+    return tmp_path / "blocks"
+
+
+SIZE = 500_000 + 88 + 1
+
+
+def test_stats_tell_what_the_prefix_cache_has_on_disk(cli, blocks):
+    ran = cli("cache", "stats", "--dir", blocks)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        f"{blocks}: 4 blocks, 2 MB",
+        '  3 blocks, 2 MB, last used 0.0 days ago  {"format": 1, "model": "one\\u001b[2J"}',
+        '  1 block, 500 kB, last used 0.0 days ago  {"format": 1, "model": "other"}',
+    ]
+
+
+def test_cache_commands_as_json(cli, blocks):
+    def record(action):
+        ran = cli("cache", action, "--dir", blocks, "--json")
+        assert (ran.code, ran.err, ran.out.count("\n")) == (0, "", 1)
+        record = json.loads(ran.out)
+        assert record.pop("schema") == "mlxpage.cache/1"
+        assert (record.pop("action"), record.pop("folder")) == (action, str(blocks))
+        return record
+
+    stats = record("stats")
+    one, other = stats.pop("identities")
+    assert stats == {"blocks": 4, "bytes": 4 * SIZE}
+    assert set(one) == {"identity", "facts", "blocks", "bytes", "last_used"}
+    assert (one["blocks"], other["facts"]["model"]) == (3, "other")
+    whole = {"blocks": 4, "bytes": 4 * SIZE}
+    assert record("verify") == whole | {"damaged": 0, "unreadable": 0}
+    assert record("clear") == whole
+    assert record("stats") == {"blocks": 0, "bytes": 0, "identities": []}
+
+
+def test_verify_tells_how_many_blocks_were_damaged(cli, blocks):
+    next(file for file in blocks.glob("*/*/*") if len(file.name) == 64).write_text("damaged")
+    for damaged, told in ((1, "1 damaged and removed"), (0, "0 damaged and removed")):
+        ran = cli("cache", "verify", "--dir", blocks)
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out == f"{blocks}: 3 blocks, 2 MB whole; {told}\n", damaged
+
+
+def test_clear_tells_what_it_removed_beside_a_store_in_use(cli, blocks):
+    with BlockStore(blocks, {"model": "other"}, 10**9) as store:
+        assert store.get(b"0") is not None
+        ran = cli("cache", "clear", "--dir", blocks)
+        assert (ran.code, ran.out, ran.err) == (0, f"removed 4 blocks, 2 MB, from {blocks}\n", "")
+        assert store.get(b"0") is None
+        assert store.put(b"0", b"again")
+    assert cli("cache", "clear", "--dir", blocks).out.startswith("removed 1 block, ")
+
+
+def test_the_cache_lies_with_the_other_caches(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXPAGE_CACHE", str(tmp_path))
+    assert cli("cache", "stats").out == f"{tmp_path / 'blocks'}: 0 blocks, 0 kB\n"
+    assert not (tmp_path / "blocks").exists()
 
 
 # -- help --
