@@ -70,8 +70,11 @@ def walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
     for home in homes(folder):
         for shard in _folders(home, _SHARD):
             for entry in _entries(shard, _FILE):
-                with suppress(FileNotFoundError):
-                    yield entry.path, entry.stat(follow_symlinks=False)
+                try:  # not `suppress`, of which a hundred thousand take their time
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                yield entry.path, status
 
 
 def is_block(path: str, status: os.stat_result) -> bool:
@@ -89,7 +92,7 @@ def remove(path: str) -> None:
 
 
 def remove_empty(home: str) -> None:
-    """The folder of an identity that has no blocks, with its facts."""
+    """The folder of an identity, with its facts, if it has no blocks."""
     for shard in _folders(home, _SHARD):
         with suppress(OSError):
             os.rmdir(shard)

@@ -268,9 +268,8 @@ class BlockStore:
             else:  # what a dead process was writing
                 folders.remove(path)
         found.sort()
-        used = {os.path.dirname(os.path.dirname(path)) for _, path, _ in found}
         for home in folders.homes(self.folder):
-            if home not in used and home != self._home:
+            if home != self._home:
                 folders.remove_empty(home)
         with self._changed:
             self._files = OrderedDict((path, _File(size)) for _, path, size in found)
