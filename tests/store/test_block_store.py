@@ -168,7 +168,7 @@ def test_the_facts_of_an_identity_lie_beside_its_blocks(make_store):
 def test_nobody_else_may_look_into_it(make_store, tmp_path):
     mask = os.umask(0)
     try:
-        put_all(make_store(), {b"key": b"payload"})
+        put_all(make_store(), {b"%d" % n: b"payload" for n in range(80)})  # some in one folder
     finally:
         os.umask(mask)
     for path in [tmp_path / "blocks", *(tmp_path / "blocks").rglob("*")]:
@@ -329,7 +329,7 @@ def test_one_process_writes_and_another_reads_what_it_writes(make_store, tmp_pat
     with writer(tmp_path / "blocks") as tell:
         assert tell("a") == "None"
         blocks = make_store()
-        assert blocks.why_not_writing == "another process writes"
+        assert blocks.why_not_writing == "another engine writes"
         assert blocks.get(b"a") == b"a" * 1000 and b"b" not in blocks
         tell("b")
         assert b"b" in blocks and blocks.get(b"b") == b"b" * 1000 and blocks.get(b"c") is None
@@ -364,7 +364,7 @@ def test_a_closed_store_still_reads_and_lets_another_write(make_store):
 
 def test_a_reader_that_is_closed_never_begins_to_write(make_store, monkeypatch):
     first, second = make_store(), make_store()
-    assert second.why_not_writing == "another process writes"
+    assert second.why_not_writing == "another engine writes"
     second.close()
     first.close()
     monkeypatch.setattr(store, "_ASK_AGAIN", 0)
@@ -390,7 +390,12 @@ def test_a_forked_child_ends_and_its_parent_writes_on(tmp_path):
         "import os, sys; from mlxpage.block_store import BlockStore\n"
         f"s = BlockStore(sys.argv[1], {FACTS}, 10**9)\n"
         "s.put(b'a', b'a' * 10**6); s.flush()\n"
+        "from threading import Event, Thread; held, go_on = Event(), Event()\n"
+        "def hold():\n"
+        "    with s._changed: held.set(); go_on.wait()\n"
+        "Thread(target=hold).start(); held.wait()\n"
         "child = os.fork()\n"
+        "go_on.set()\n"
         "if child:\n"
         "    assert os.waitpid(child, 0)[1] == 0\n"
         "    s.put(b'b', b'b'); s.flush(); print(s.stats()['blocks'])",
@@ -426,6 +431,43 @@ def test_many_threads_put_and_get_at_once(make_store):
     assert stats["hits"] > 100 and stats["evicted"] > 100
 
 
+def during_a_read(monkeypatch, happens, error: type[Exception] | None = None) -> None:
+    """`happens` once, when a file has been read and nobody knows yet; `error` is what it told."""
+    real = store.read_block
+
+    def read(*args):
+        monkeypatch.setattr(store, "read_block", real)
+        found = real(*args)
+        happens()
+        if error:
+            raise error
+        return found
+
+    monkeypatch.setattr(store, "read_block", read)
+
+
+@pytest.mark.parametrize("error", [format.Damaged, FileNotFoundError])
+def test_what_is_written_anew_during_a_read_stays(make_store, monkeypatch, error):
+    blocks = make_store(limit=1000)
+    put_all(blocks, letters(1000, "a"))
+
+    def evict_and_put_again():
+        put_all(blocks, letters(1000, "b"))
+        put_all(blocks, letters(1000, "a"))
+
+    during_a_read(monkeypatch, evict_and_put_again, error)
+    assert blocks.get(b"a") is None
+    assert blocks.get(b"a") is not None and blocks.stats()["bytes"] == 1000
+
+
+def test_what_is_evicted_during_a_read_was_found(make_store, monkeypatch):
+    blocks = make_store(limit=1000)
+    put_all(blocks, letters(1000, "a"))
+    during_a_read(monkeypatch, lambda: put_all(blocks, letters(1000, "b")))
+    assert blocks.get(b"a") == letters(1000)[b"a"]
+    assert blocks.get(b"a") is None and held(blocks, letters(1000)) == [b"b"]
+
+
 # -- a folder as people see it --
 
 
@@ -441,6 +483,23 @@ def test_clear_removes_all_and_a_store_that_is_open_goes_on(make_store, tmp_path
     blocks.close()
     assert mlxpage.block_store.clear(tmp_path / "blocks")["blocks"] == 1
     assert os.listdir(tmp_path / "blocks") == ["lock"]
+
+
+def test_clear_leaves_alone_what_is_being_written(make_store, monkeypatch):
+    blocks, began, go_on = make_store(), threading.Event(), threading.Event()
+    real = os.replace
+
+    def waits(*args):
+        began.set()
+        go_on.wait(30)
+        real(*args)
+
+    monkeypatch.setattr(os, "replace", waits)
+    assert blocks.put(b"key", b"payload") and began.wait(30)
+    assert mlxpage.block_store.clear(blocks.folder)["blocks"] == 0
+    go_on.set()
+    blocks.flush()
+    assert blocks.why_not_writing is None and blocks.get(b"key") == b"payload"
 
 
 def test_clear_of_a_store_forgets_what_is_queued_too(make_store, monkeypatch):

@@ -79,7 +79,7 @@ def test_a_writer_may_be_killed_at_any_moment(tmp_path, count):
                 assert payload in (None, killed_payload(b"%d" % number))
                 found += payload is not None
             assert store.stats()["damaged"] == 0
-    assert found > 5 * count and leftovers > count // 10
+    assert found > 5 * count and leftovers > 0
 
 
 # -- damaged --
@@ -298,6 +298,7 @@ def test_what_can_not_be_written_ends_the_writing_with_one_warning(store, monkey
         store.flush()
     assert len(told) == 1
     assert store.folder in str(told[0].message) and os.strerror(code) in str(told[0].message)
+    assert store.stats()["dropped"] == 5
     assert_only_reads(store, os.strerror(code))
     assert [store.get(b"%d" % number) for number in range(5)] == [None] * 5
 
