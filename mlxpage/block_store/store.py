@@ -38,10 +38,10 @@ class _File:
 class BlockStore:
     """A folder of blocks, never larger than its limit; what was used longest ago goes first.
 
-    One process writes, on a thread of its own, and others read what it has written. The thread
-    begins by listing the folder; until it has, and in a process that only reads, the file system
-    itself is asked. All blocks count towards the limit, but only those of the same `facts` are
-    ever found.
+    One store of a folder writes, on a thread of its own; others, in this process or another, read
+    what it has written, and one of them takes its place when it's closed. The thread begins by
+    listing the folder; until it has, and in a store that only reads, the file system itself is
+    asked. All blocks count towards the limit, but only those of the same `facts` are ever found.
 
     It's a cache: what can't be read is a miss, what is damaged is deleted, and what can't be
     written ends the writing, with one RuntimeWarning. Nothing of that raises. All methods may be
@@ -64,7 +64,7 @@ class BlockStore:
         self.queue_bytes = queue_bytes
         self.identity = folders.identity_of(facts)
         self.why_not_writing: str | None = None
-        """None while this process writes."""
+        """None while this store writes."""
         self._facts = facts
         self._home = os.path.join(self.folder, self.identity.hex())
         self._changed = threading.Condition()  # guards all below
@@ -170,7 +170,7 @@ class BlockStore:
 
     def stats(self) -> dict[str, Any]:
         """What there is, and counts since the store was opened. `blocks` and `bytes` are of all
-        identities, and None where this process only reads."""
+        identities, and None in a store that only reads."""
         with self._changed:
             listed = self._files is not None
             return {
@@ -208,11 +208,11 @@ class BlockStore:
             self._counts["damaged"] += isinstance(error, Damaged)
             if self._files is not None and self._files.get(path) is not file:
                 return  # it has been replaced, or the folder listed, meanwhile
-            if isinstance(error, Damaged):
-                with suppress(OSError):
+            with suppress(OSError):  # what stays on the disk keeps its place in the count
+                if isinstance(error, Damaged):
                     folders.remove(path)
-            if isinstance(error, Damaged | FileNotFoundError) and file is not None:
-                self._forget(path)
+                if isinstance(error, Damaged | FileNotFoundError) and file is not None:
+                    self._forget(path)
 
     def _forget(self, path: str) -> None:
         self._bytes -= self._files.pop(path).size
@@ -300,8 +300,8 @@ class BlockStore:
             self._files[path] = _File(size)
             self._bytes += size
             self._counts["written"] += 1
-            if self._queue.pop(path, None) is not None:
-                self._queued_bytes -= len(payload)
+            if (queued := self._queue.pop(path, None)) is not None:
+                self._queued_bytes -= len(queued[1])
 
     def _make_room(self, size: int) -> None:
         victims = []

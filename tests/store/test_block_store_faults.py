@@ -379,6 +379,15 @@ def test_a_file_that_can_not_be_read_now_is_a_miss_and_stays(store, monkeypatch,
     assert store.stats()["damaged"] == 0
 
 
+def test_a_damaged_file_that_can_not_be_removed_still_counts(store, monkeypatch):
+    Path(store._path(b"before")).write_bytes(b"damaged")
+    size = store.stats()["bytes"]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "remove", lambda path: no(errno.EPERM))
+        assert store.get(b"before") is None and store.stats()["bytes"] == size
+    assert store.get(b"before") is None and store.stats()["bytes"] == 0
+
+
 def test_a_file_that_somebody_deleted_is_a_miss_and_may_be_put_again(store):
     shutil.rmtree(store._home)
     assert store.get(b"before") is None and store.stats()["bytes"] == 0
