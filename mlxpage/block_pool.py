@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 
 NULL_BLOCK = 0
 """Never handed out, so that padding and given-back entries of a table may point at it."""
 
 
 class BlockPool:
-    """Hands out the blocks 1 to `num_blocks`, each in O(1).
+    """Hands out the blocks 1 to `num_blocks`, each in O(1), and may `grow` to `limit` of them.
 
     A block is free, or used by as many owners as its reference count says. A full block may be
     cached besides, under a key that stands for its tokens and all before them: it can be found
@@ -25,14 +26,17 @@ class BlockPool:
     the head of a prompt, which other prompts may share, outlives its tail.
     """
 
-    def __init__(self, num_blocks: int):
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks: int, limit: int | None = None):
+        """Without a `limit`, the pool stays as large as it is."""
+        self.num_blocks = self.start = num_blocks
+        self.limit = num_blocks if limit is None else limit
         self.num_evictions = 0
         """Cached blocks that were handed out again."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._references = [0] * (num_blocks + 1)
         self._cached: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}  # of the cached blocks
+        self._num_free_cached = 0
 
     @property
     def num_free(self) -> int:
@@ -45,7 +49,17 @@ class BlockPool:
 
     @property
     def num_free_cached(self) -> int:
-        return sum(block in self._free for block in self._keys)
+        return self._num_free_cached
+
+    @property
+    def num_empty(self) -> int:
+        """Free blocks with nothing in them."""
+        return len(self._free) - self._num_free_cached
+
+    @property
+    def num_to_come(self) -> int:
+        """Blocks that the pool may still grow by."""
+        return max(0, self.limit - self.num_blocks)
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` blocks, each with one owner; the caller has asked `num_free` before."""
@@ -54,7 +68,9 @@ class BlockPool:
         blocks = [take(last=False)[0] for _ in range(count)]
         for block in blocks:
             references[block] = 1
-            self.num_evictions += self.forget(block)
+            if self.forget(block):
+                self.num_evictions += 1
+                self._num_free_cached -= 1
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -65,6 +81,7 @@ class BlockPool:
             if self._references[block] == 0:
                 assert block in self._keys, f"block {block} is free and can't be shared"
                 del self._free[block]
+                self._num_free_cached -= 1
             self._references[block] += 1
 
     def free(self, table: list[int]) -> None:
@@ -77,7 +94,9 @@ class BlockPool:
             references[block] -= 1
             if references[block] == 0:
                 self._free[block] = None
-                if block not in self._keys:
+                if block in self._keys:
+                    self._num_free_cached += 1
+                else:
                     self._free.move_to_end(block, last=False)
 
     def num_owners(self, block: int) -> int:
@@ -108,11 +127,55 @@ class BlockPool:
             return False
         del self._cached[key]
         if block in self._free:
+            self._num_free_cached -= 1
             self._free.move_to_end(block, last=False)
         return True
 
     def forget_all(self) -> None:
         for block in list(self._keys):
+            self.forget(block)
+
+    # -- size --
+
+    def grow(self, num_blocks: int) -> None:
+        """Adds empty blocks, up to so many in all."""
+        assert self.num_blocks <= num_blocks <= self.limit, f"{num_blocks} of {self.limit} blocks"
+        for block in range(num_blocks, self.num_blocks, -1):
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+        self._references += [0] * (num_blocks - self.num_blocks)
+        self.num_blocks = num_blocks
+
+    def shrink(self, num_blocks: int) -> list[tuple[int, int]]:
+        """Gives up the blocks above `num_blocks`; what they hold moves to lower ones.
+
+        What is used moves, and what is cached, as far as there is room: what was used last stays.
+        Returns the moves, (source, target) each; whoever has a table has to follow them.
+        """
+        assert self.num_used <= num_blocks <= self.num_blocks, f"{self.num_used} blocks are used"
+        self._forget_oldest(self._num_free_cached - (num_blocks - self.num_used))
+        above = range(num_blocks + 1, self.num_blocks + 1)
+        sources = [b for b in above if self._references[b] or b in self._keys]
+        empty = [b for b in self._free if b <= num_blocks and b not in self._keys]
+        moves = dict(zip(sources, sorted(empty), strict=False))
+        for source, target in moves.items():
+            self._references[target] = self._references[source]
+            if (key := self._keys.pop(source, None)) is not None:
+                self._keys[target] = key
+                self._cached[key] = target
+        taken = set(moves.values())
+        self._free = OrderedDict.fromkeys(
+            moves.get(block, block)
+            for block in self._free
+            if block in moves or (block <= num_blocks and block not in taken)
+        )
+        del self._references[num_blocks + 1 :]
+        self.num_blocks = num_blocks
+        return list(moves.items())
+
+    def _forget_oldest(self, count: int) -> None:
+        cached = (block for block in self._free if block in self._keys)
+        for block in list(islice(cached, max(0, count))):
             self.forget(block)
 
     def check(self, tables: Iterable[list[int]]) -> None:
@@ -132,4 +195,5 @@ class BlockPool:
         known = {block: key for key, block in self._cached.items()}
         assert known == self._keys, "a cached block isn't the one that its key finds"
         empty = [block not in self._keys for block in self._free]
+        assert sum(empty) == self.num_empty, f"{sum(empty)} empty blocks, {self.num_empty} counted"
         assert empty == sorted(empty, reverse=True), "a cached block is reused before an empty one"

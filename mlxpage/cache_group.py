@@ -15,8 +15,15 @@ class CacheGroup:
     `p - window < k <= p`; blocks before that are given back and become NULL_BLOCK in the table.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, window: int | None = None):
-        self.pool = BlockPool(num_blocks)
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        window: int | None = None,
+        *,
+        limit: int | None = None,
+    ):
+        self.pool = BlockPool(num_blocks, limit)
         self.block_size = block_size
         self.window = window
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from mlxpage.batch import Batch
 from mlxpage.block_pool import BlockPool
-from mlxpage.cache_group import CacheGroup
-from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
+from mlxpage.elastic_pool import ElasticPool
+from mlxpage.errors import EngineError, InvalidRequest, MlxpageError, OutOfMemory
 from mlxpage.intake import Intake
+from mlxpage.metal import memory as sizing
 from mlxpage.metal.backend import mx
 from mlxpage.metal.choice import REFERENCE, Backend
-from mlxpage.metal.kv_cache import KVCache
 from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
 from mlxpage.metal.sampler import logprobs, sample
@@ -61,16 +61,13 @@ class Engine:
         self.backend = backend
         self.tokenizer = tokenizer
         self.plan = plan
-        self._new_pool()
-        groups = [
-            CacheGroup(blocks, plan.block_size, window)
-            for blocks, window in zip(plan.num_blocks, model.cache.windows, strict=True)
-        ]
+        self.pool = ElasticPool(model, plan, backend.ops)
         self.scheduler = Scheduler(
-            groups,
+            self.pool.groups,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            prefix_cache=PrefixCache(groups) if prefix_cache else None,
+            prefix_cache=PrefixCache(self.pool.groups) if prefix_cache else None,
+            make_larger=self.pool.grow,
         )
         self._intake = Intake(
             tokenizer,
@@ -148,6 +145,7 @@ class Engine:
         if self.model is not None:
             self.model.bind(None)  # compiled functions and the model hold each other
         self.model = None
+        self.pool.close()
         mx.clear_cache()
 
     @property
@@ -160,6 +158,8 @@ class Engine:
         The next step is planned and dispatched before the tokens of the last are read, so that a
         GPU never waits for Python. Whatever fails in a step fails its own requests only.
         """
+        if self.pool.has_failed:
+            self._end_what_outgrows()
         schedule = self.scheduler.schedule()
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
         ahead = 0
@@ -178,7 +178,7 @@ class Engine:
 
     def _start(self, schedule: Schedule) -> Started:
         if self.model.cache is None:
-            self._new_pool()
+            self.pool.make_arrays()
         last = self._in_flight[-1] if self._in_flight else None
         batch = Batch.of(
             schedule, self.plan.block_size, *((last.batch, last.tokens) if last else ())
@@ -200,17 +200,6 @@ class Engine:
         results += self.model.cache.written()
         (mx.async_eval if self.backend.ops.LOOK_AHEAD else mx.eval)(*results)
         return Started(schedule, batch, tokens, chosen, scored)
-
-    def _new_pool(self) -> None:
-        self.model.bind(
-            KVCache(
-                self.model.specs,
-                self.plan.num_blocks,
-                self.plan.block_size,
-                self.backend.ops,
-                fetches=self.model.fetches,
-            )
-        )
 
     # -- results --
 
@@ -261,20 +250,96 @@ class Engine:
         self._num_failed_steps += 1
         failure = EngineError(f"a step failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
-        self.scheduler.restart()
-        self.model.bind(None)
-        forget_locals(error)
-        mx.clear_cache()
+        self._drop_pool(error)
         for part in (part for schedule in schedules for part in schedule.scheduled):
             if request := self._served.request_of(part.seq):
                 self._served.end(request, failure)
 
+    def _drop_pool(self, error: Exception) -> None:
+        self._in_flight.clear()
+        self.scheduler.restart()
+        self.model.bind(None)
+        forget_locals(error)
+        mx.clear_cache()
+
+    # -- the size of the pool --
+
+    def trim(self, *, cached: bool = False) -> int:
+        """Gives back blocks that nobody uses, but for room to begin with; `cached` ones, and that
+        room, only if asked. The pool grows again when it has to. Returns the bytes given back."""
+        self._check_open()
+        if self.plan.is_fixed:
+            return 0
+        pools = [group.pool for group in self.pool.groups]
+        if cached:
+            sizes = [max(1, pool.num_used) for pool in pools]
+        else:
+            sizes = [pool.num_blocks - pool.num_empty + pool.start for pool in pools]
+        return self._shrink(sizes)
+
+    def set_memory(self, memory: str | int | None) -> None:
+        """Makes `memory` the budget, as when the model was loaded. If the pool is larger than that
+        allows, it shrinks: cached blocks go first, then the newest sequences are preempted.
+
+        Raises InvalidRequest for what is no size, or if a request could never end in it any more;
+        OutOfMemory if it doesn't hold the weights and a usable pool. Then nothing has changed.
+        """
+        self._check_open()
+        if self.plan.is_fixed:
+            raise InvalidRequest(
+                f"the pool has {max(self.plan.num_blocks):,} blocks because num_blocks says so; "
+                "leave num_blocks out for a pool that memory can change"
+            )
+        plan = sizing.plan(
+            self.model,
+            memory=memory,
+            block_size=self.plan.block_size,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            max_num_batched_tokens=self.scheduler.max_num_batched_tokens,
+        )
+        self.scheduler.set_limits(plan.num_blocks)
+        self.plan = plan
+        self._shrink(plan.num_blocks)
+
+    def _check_open(self) -> None:
+        if self.model is None:
+            raise EngineError("the engine is closed")
+
+    def _shrink(self, sizes: list[int]) -> int:
+        """Makes the pools so small, where they are larger; returns the bytes given back."""
+        before, had = self.pool.nbytes, self.pool.num_blocks
+        sizes = [min(pair) for pair in zip(sizes, had, strict=True)]
+        if sizes == had:
+            return 0
+        moves = self.scheduler.shrink(sizes)
+        try:
+            self.pool.shrink(moves)
+        except Exception as error:  # nobody's fault: all that was running is computed again
+            self._drop_pool(error)
+        return before - self.pool.nbytes
+
+    def _end_what_outgrows(self) -> None:
+        """Fails what was added when the pool could still grow, and will never fit."""
+        self.pool.has_failed = False
+        limits = self.scheduler.limits
+        for seq in self.scheduler.outgrowing(limits):
+            if request := self._served.request_of(seq):
+                longest = self.scheduler.max_tokens_of_a_sequence()
+                error = OutOfMemory(
+                    f"the request may need {seq.max_length:,} tokens; the pool could not grow, and "
+                    f"holds a sequence of at most {longest:,}. Free memory on this machine and "
+                    "call set_memory, or ask for less."
+                )
+                self._served.end(request, error)
+        self.scheduler.set_limits(limits)
+
     # -- facts --
 
     def stats(self) -> dict[str, Any]:
-        """Counters and the state of the pool. Block counts are those of the largest group: cached
-        ones are free too, but still hold a prefix. Prompt tokens that were found in the pool are
-        hits, of all that were looked for when a request was first admitted."""
+        """Counters and the state of the pool. Block counts are those of the largest group: `total`
+        now, `limit` at most; cached ones are free too, but still hold a prefix. Prompt tokens that
+        were found in the pool are hits, of all that were looked for when a request was first
+        admitted."""
         pool = self._largest_pool()
         return {
             "steps": self._num_steps,
@@ -286,12 +351,14 @@ class Engine:
             "waiting": len(self.scheduler.waiting),
             "blocks": {
                 "total": pool.num_blocks,
+                "limit": pool.limit,
                 "used": pool.num_used,
                 "cached": pool.num_free_cached,
                 "free": pool.num_free - pool.num_free_cached,
                 "peak_used": self._peak_blocks,
             },
             "block_size": self.plan.block_size,
+            "resizes": {"grown": self.pool.num_grown, "shrunk": self.pool.num_shrunk},
             "prefix_cache": self._prefix_stats(),
             "backend": {
                 "name": self.backend.name,
@@ -302,7 +369,7 @@ class Engine:
                 "budget": self.plan.budget,
                 "weights": self.plan.weights,
                 "scratch": self.plan.scratch,
-                "pool": self.plan.pool,
+                "pool": self.pool.nbytes,
                 "active": mx.get_active_memory(),
                 "peak": mx.get_peak_memory(),
             },
@@ -319,7 +386,7 @@ class Engine:
         }
 
     def _largest_pool(self) -> BlockPool:
-        return max((group.pool for group in self.scheduler.groups), key=lambda p: p.num_blocks)
+        return max((group.pool for group in self.scheduler.groups), key=lambda p: p.limit)
 
 
 def forget_locals(error: BaseException | None) -> None:

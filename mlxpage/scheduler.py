@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from mlxpage.cache_group import CacheGroup
@@ -59,6 +60,10 @@ class Scheduler:
 
     Planning moves the state on as if the step had run already, so that a step may be planned
     while the one before it is still computing; `update` brings the tokens later.
+
+    A pool below its limit grows before a request waits, a sequence is preempted or a cached block
+    is handed out. So what is cached may fill the limit: it spares somebody the time of computing
+    it again, and the limit is the memory that was allowed. `keeps_cached` turns that off.
     """
 
     def __init__(
@@ -68,7 +73,10 @@ class Scheduler:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         prefix_cache: PrefixCache | None = None,
+        make_larger: Callable[[int, int], bool] = lambda group, num_blocks: True,
     ):
+        """`make_larger(group, num_blocks)` makes what is behind a group's blocks so large, at once,
+        while a step is being planned; or it says False, and the pool stays as it is."""
         if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise InvalidRequest(
                 f"max_num_seqs is {max_num_seqs}; it must be from 1 to max_num_batched_tokens "
@@ -84,6 +92,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Sorted in the order of service: the last one is preempted first."""
         self.num_preemptions = 0
+        self.keeps_cached = True
+        """Whether a pool grows rather than hand out what is cached."""
+        self._make_larger = make_larger
         self._num_ended = 0
         """Times that a sequence has given its blocks up."""
         self._refused: tuple = ()
@@ -94,12 +105,17 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def max_tokens_of_a_sequence(self) -> int:
-        """The longest sequence that the pools can hold when it's alone."""
+    @property
+    def limits(self) -> list[int]:
+        """How many blocks each group's pool may have."""
+        return [group.pool.limit for group in self.groups]
+
+    def max_tokens_of_a_sequence(self, limits: list[int] | None = None) -> int:
+        """The longest sequence that the pools, or pools of such `limits`, can hold when it's
+        alone. Safe from any thread."""
         chunk = self.max_num_batched_tokens
         longest = []
-        for group in self.groups:
-            blocks = group.pool.num_blocks
+        for group, blocks in zip(self.groups, limits or self.limits, strict=True):
             if group.window is None or blocks < group.blocks_for(2**62, chunk):
                 longest.append(blocks * group.block_size)
         return min(longest, default=2**62)
@@ -115,12 +131,12 @@ class Scheduler:
         """Raises `InvalidRequest` if the pools can never hold `seq`. Safe from any thread."""
         for group in self.groups:
             need = group.blocks_for(seq.max_length, self.max_num_batched_tokens)
-            if need > group.pool.num_blocks:
+            if need > group.pool.limit:
                 capacity = self.max_tokens_of_a_sequence()
                 raise InvalidRequest(
                     f"the prompt's {seq.num_prompt_tokens:,} tokens and up to "
                     f"{seq.max_length - seq.num_prompt_tokens:,} new ones need {need:,} blocks of "
-                    f"{group.block_size} tokens; the pool holds {group.pool.num_blocks:,} (a "
+                    f"{group.block_size} tokens; the pool holds {group.pool.limit:,} (a "
                     f"sequence of at most {capacity:,} tokens). Shorten the prompt, lower "
                     f"max_tokens, or give the pool more (memory or num_blocks)."
                 )
@@ -213,6 +229,9 @@ class Scheduler:
         """Adds `child`, whose tokens `parent` has or had, on the blocks of `parent` where it can.
         Raises as `add` does."""
         self.check_capacity(child)
+        self._start_fork(parent, child)
+
+    def _start_fork(self, parent: Sequence, child: Sequence) -> None:
         child.block_tables = [[] for _ in self.groups]
         if not self._branch(parent, child):
             heapq.heappush(self.waiting, child)
@@ -225,7 +244,7 @@ class Scheduler:
             if schedule.preempted:
                 heapq.heappush(self.waiting, child)
             else:
-                self.fork(seq, child)
+                self._start_fork(seq, child)
 
     def _branch(self, parent: Sequence, child: Sequence) -> bool:
         """Lets `child` run on the blocks of `parent`, if it's its turn and there is a seat and
@@ -275,9 +294,8 @@ class Scheduler:
         num_tokens, sources = self.prefix_cache.match_tail(seq)
         if not num_tokens:
             return
-        tables = zip(self.groups, seq.block_tables, sources, strict=True)
-        for index, (group, table, source) in enumerate(tables):
-            group.grow(table, 1)
+        for index, (table, source) in enumerate(zip(seq.block_tables, sources, strict=True)):
+            self._take(index, table, 1)
             schedule.copies.append((index, source, table[-1]))
         seq.num_computed_tokens += num_tokens
         self._give_back(seq)
@@ -336,6 +354,7 @@ class Scheduler:
                 return False
         for index, (group, table) in enumerate(zip(self.groups, seq.block_tables, strict=True)):
             if group.is_shared(table, start):
+                self._keep_cached(index, 1)
                 copied = group.copy_shared(table, start)
                 schedule.copies.append((index, *copied))
         self._grow(seq, granted)
@@ -343,15 +362,50 @@ class Scheduler:
 
     def _has_room(self, seq: Sequence, granted: int) -> bool:
         start = seq.num_computed_tokens
-        return all(
-            group.wanted(table, start, start + granted) <= group.pool.num_free
+        return self._find_room(
+            group.wanted(table, start, start + granted)
             for group, table in zip(self.groups, seq.block_tables, strict=True)
         )
 
     def _grow(self, seq: Sequence, granted: int) -> None:
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
+        for index, (group, table) in enumerate(zip(self.groups, seq.block_tables, strict=True)):
             if (missing := group.missing(table, seq.num_computed_tokens + granted)) > 0:
-                group.grow(table, missing)
+                self._take(index, table, missing)
+
+    def _take(self, index: int, table: list[int], count: int) -> None:
+        self._keep_cached(index, count)
+        self.groups[index].grow(table, count)
+
+    def _find_room(self, wanted: Iterable[int]) -> bool:
+        """Whether each group has so many free blocks, once those that have too few have grown;
+        none grows in vain."""
+        missing = [
+            max(0, count - group.pool.num_free)
+            for group, count in zip(self.groups, wanted, strict=True)
+        ]
+        if any(
+            count > group.pool.num_to_come
+            for group, count in zip(self.groups, missing, strict=True)
+        ):
+            return False
+        return all(not count or self._enlarge(index, count) for index, count in enumerate(missing))
+
+    def _keep_cached(self, index: int, count: int) -> None:
+        """Makes so many blocks ready to be taken without a cached one among them, if it can."""
+        pool = self.groups[index].pool
+        if count > pool.num_empty and pool.num_to_come and self.keeps_cached:
+            self._enlarge(index, count - pool.num_empty)
+
+    def _enlarge(self, index: int, count: int) -> bool:
+        """Adds `count` blocks to a pool, or all that may come if that's fewer; and always half of
+        what it has, so that not every step copies it."""
+        pool = self.groups[index].pool
+        least = max(pool.num_blocks + max(count, pool.num_blocks // 2), pool.start)
+        num_blocks = min(least, pool.limit)
+        if not self._make_larger(index, num_blocks):
+            return False
+        pool.grow(num_blocks)
+        return True
 
     def _preempt(self, seq: Sequence, schedule: Schedule) -> None:
         self._give_up(seq)
@@ -384,8 +438,9 @@ class Scheduler:
         there is no fifth; only a newcomer of better priority can cost one more.
         """
         ahead = self._reserve(seq)
+        wanted = []
         for index, group in enumerate(self.groups):
-            room = group.pool.num_free
+            room = most = group.pool.num_free + group.pool.num_to_come
             for other in (seq, *self.running):
                 end = min(other.max_length, other.num_tokens + ahead * group.block_size)
                 table = other.block_tables[index]
@@ -396,7 +451,8 @@ class Scheduler:
                 room -= group.is_shared(table, other.num_computed_tokens)
                 if room < 0:
                     return False
-        return True
+            wanted.append(most - room)
+        return self._find_room(wanted)
 
     def _reserve(self, seq: Sequence) -> float:
         """Blocks of growth for each running sequence; infinite: up to their `max_length`.
@@ -405,6 +461,65 @@ class Scheduler:
         behind = (each for each in self.running if seq < each and seq.priority == each.priority)
         most = max(each.num_preemptions for each in (seq, *behind))
         return 4**most if most < 4 else math.inf
+
+    # -- size --
+
+    def set_limits(self, limits: list[int]) -> None:
+        """Lets each group's pool have so many blocks; one that is larger has to `shrink` now.
+
+        What was added without `max_tokens` ends where the new pools do. Raises InvalidRequest, and
+        changes nothing, if a sequence could never end in them.
+        """
+        if outgrowing := self.outgrowing(limits):
+            seq = outgrowing[0]
+            longest = self.max_tokens_of_a_sequence(limits)
+            raise InvalidRequest(
+                f"a request needs room for {self._least_length(seq):,} tokens; the pool would hold "
+                f"a sequence of at most {longest:,}. Give it more, or try again when the request "
+                "has ended, or abort it."
+            )
+        longest = self.max_tokens_of_a_sequence(limits)
+        for seq in self._unfinished():
+            if seq.params.max_tokens is None:
+                seq.max_length = min(seq.max_length, longest)
+        for group, limit in zip(self.groups, limits, strict=True):
+            group.pool.limit = limit
+        self._refused = ()
+
+    def outgrowing(self, limits: list[int]) -> list[Sequence]:
+        """The sequences that could never end in pools of such `limits`."""
+        return [
+            seq
+            for seq in self._unfinished()
+            if any(
+                group.blocks_for(self._least_length(seq), self.max_num_batched_tokens) > limit
+                for group, limit in zip(self.groups, limits, strict=True)
+            )
+        ]
+
+    def _least_length(self, seq: Sequence) -> int:
+        """The length without which `seq` isn't what was asked for."""
+        if seq.params.max_tokens is not None:
+            return seq.max_length
+        return min(seq.max_length, max(seq.num_tokens, seq.num_prompt_tokens + 1))
+
+    def _unfinished(self) -> Iterator[Sequence]:
+        for seq in (*self.running, *self.waiting):
+            yield seq
+            yield from seq.forks
+
+    def shrink(self, sizes: list[int]) -> list[list[tuple[int, int]]]:
+        """Makes each group's pool so small, between two steps, and returns what each has to move,
+        as `BlockPool.shrink` does. The newest sequences are preempted until the rest fits."""
+        while any(g.pool.num_used > n for g, n in zip(self.groups, sizes, strict=True)):
+            self._preempt(self.running.pop(), Schedule())
+        moves = [g.pool.shrink(n) for g, n in zip(self.groups, sizes, strict=True)]
+        targets = [dict(each) for each in moves]
+        for seq in self.running:
+            for table, renamed in zip(seq.block_tables, targets, strict=True):
+                table[:] = [renamed.get(block, block) for block in table]
+        self._refused = ()
+        return moves
 
     # -- results --
 

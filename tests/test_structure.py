@@ -26,6 +26,7 @@ MODULES = {
         "text",
         "intake",
         "served",
+        "elastic_pool",
         "engine",
         "loading",
         "engine_thread",

@@ -147,7 +147,7 @@ class KVCache:
         `LOOK_AHEAD` says how many steps may be dispatched before the results of one are read.
         Without `fetches`, a model has to hand on the K and V that it gets, unread."""
         self.block_size = block_size
-        self.num_blocks = num_blocks
+        self.num_blocks = list(num_blocks)
         self.windows = windows(specs)
         self._backend = backend
         self._forward = Forward(fetches=fetches)
@@ -161,6 +161,30 @@ class KVCache:
             for spec, group in zip(specs, groups, strict=True)
         ]
         mx.eval(self.arrays())
+
+    def resize(
+        self, num_blocks: list[int], moves: list[list[tuple[int, int]]] | None = None
+    ) -> None:
+        """Makes the pools so large, per cache group, one array of one layer after the other.
+
+        New blocks are zeros. Of a pool that shrinks, `moves` says what is brought from where to
+        where, (source, target) each, before the blocks above are dropped. Waits for what is being
+        computed. If a pool can't grow, MLX's error is raised and all are as large as they were; if
+        one can't shrink, what they hold is lost.
+        """
+        mx.synchronize()
+        before, self.num_blocks = self.num_blocks, list(num_blocks)
+        try:
+            self._resize(moves or [[]] * len(num_blocks))
+        except Exception:
+            self.num_blocks = before
+            if not moves:
+                self._resize([[]] * len(before))
+            raise
+
+    def _resize(self, moves: list[list[tuple[int, int]]]) -> None:
+        for layer in self.layers:
+            layer.pool.resize(self.num_blocks[layer.group], moves[layer.group])
 
     def begin(self, rows: Rows) -> None:
         """Makes `rows` the ones that the next forward writes and reads."""

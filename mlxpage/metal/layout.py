@@ -214,6 +214,31 @@ class Pool:
         """Makes these the pools: of `PoolKind.shape` each."""
         self.k, self.v = k, v
 
+    def resize(self, num_blocks: int, moves: list[tuple[int, int]]) -> None:
+        """Keeps the blocks up to `num_blocks`, after moving (source, target) each; new ones are
+        zeros. Nothing may be computed with the pools meanwhile.
+
+        At most one array exists twice at any time, and none is changed: if it raises, K and V hold
+        all that they held, in pools of the one or the other size.
+        """
+        self.fill(_resized(self.k, num_blocks + 1, moves), self.v)
+        mx.clear_cache()  # or MLX would keep the old array for another use
+        self.fill(self.k, _resized(self.v, num_blocks + 1, moves))
+        mx.clear_cache()
+
+
+def _resized(array: mx.array, length: int, moves: list[tuple[int, int]]) -> mx.array:
+    """The array with another `length` of its first axis."""
+    if length > len(array):
+        array = mx.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])
+    elif length < len(array):
+        order = np.arange(length, dtype=np.int32)
+        for source, target in moves:
+            order[target] = source
+        array = mx.take(array, mx.array(order), axis=0)
+    mx.eval(array)
+    return array
+
 
 def first_readable(positions, block_size: int, window: int | None):
     """The first position of the block where the window of each position begins."""

@@ -19,6 +19,9 @@ DEFAULT_SHARE = 0.5
 # run (or one whole context), although the budget would allow more.
 DEFAULT_TOKENS_PER_SEQUENCE = 1024
 
+# Beside a step's tokens, the room that a pool has at first: for some short sequences.
+_START_TOKENS = 1024
+
 # MLX allocates for a hundred operations ahead of the one that is computed. What that comes to was
 # measured: rows of float32 logits for each sampled one, when top_p and log-probabilities are asked
 # for, and for each one of a prompt; pieces of a chunk's attention, or layers of a short one.
@@ -32,7 +35,8 @@ _SCORED_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The memory of an engine, in bytes: weights, pool and scratch stay within the budget."""
+    """The memory of an engine, in bytes: weights, pool and scratch stay within the budget, even
+    when the pool is as large as it may be, and while it grows."""
 
     budget: int
     weights: int
@@ -40,15 +44,20 @@ class Plan:
     pool: int
     block_size: int
     num_blocks: list[int]
-    """Per cache group, in the order of `windows`."""
+    """Per cache group, in the order of `windows`: what a pool may grow to."""
+    start: list[int]
+    """What it has at first; all of them if the number of blocks was given."""
     tokens: int
     """The longest sequence that the pool holds when it's alone."""
+    is_fixed: bool = False
+    """Whether the number of blocks was given: such a pool neither grows nor shrinks."""
 
     def describe(self) -> str:
         """One line for people."""
         blocks = max(self.num_blocks)
+        size = gigabytes(self.pool) if self.is_fixed else f"up to {gigabytes(self.pool)}"
         return (
-            f"pool {gigabytes(self.pool)} = {blocks:,} blocks x {self.block_size} tokens = "
+            f"pool {size} = {blocks:,} blocks x {self.block_size} tokens = "
             f"{self.tokens:,} tokens, room for {max(1, self.tokens // 1024):,} sequences of 1,024; "
             f"weights {gigabytes(self.weights)}, scratch {gigabytes(self.scratch)}, "
             f"budget {gigabytes(self.budget)}"
@@ -98,9 +107,9 @@ def plan(
 ) -> Plan:
     """Sizes the pool: what the budget leaves beside the weights and one step's scratch.
 
-    `num_blocks` sets the size of the full-attention groups (or of all, if none is); the budget
-    then only has to hold it. Windowed groups are never larger than what `max_num_seqs` sequences
-    can read.
+    Within it the pool starts small and grows. `num_blocks` sets the size of the full-attention
+    groups (or of all, if none is) for good; the budget then only has to hold it. Windowed groups
+    are never larger than what `max_num_seqs` sequences can read.
 
     Raises OutOfMemory if the budget doesn't hold the weights and a usable pool.
     """
@@ -121,7 +130,9 @@ def plan(
         return _pool_bytes(model.specs, blocks(wanted), block_size)
 
     def scratch(wanted: int) -> int:
-        return _scratch(model, wanted * block_size, max_num_seqs, max_num_batched_tokens)
+        step = _scratch(model, wanted * block_size, max_num_seqs, max_num_batched_tokens)
+        # While a pool grows no step is computed, and one of its arrays is there twice.
+        return max(step, buffer(wanted))
 
     def buffer(wanted: int) -> int:
         return _largest_buffer(model.specs, blocks(wanted), block_size)
@@ -133,7 +144,8 @@ def plan(
         lambda n: weights + scratch(n) + pool(n) <= budget and buffer(n) <= machine.max_buffer,
         2**31 // block_size,
     )
-    if num_blocks is None:
+    is_fixed = num_blocks is not None
+    if not is_fixed:
         # Nobody can use more than this.
         wanted = whole_context * max_num_seqs
         if memory is None:
@@ -156,6 +168,9 @@ def plan(
             f"{gigabytes(budget)} of this machine's {gigabytes(machine.memory)}. Give it more "
             f"(memory), take a smaller or quantised model, or lower max_num_batched_tokens."
         )
+    start = num_blocks
+    if not is_fixed:
+        start = -(-(max_num_batched_tokens + _START_TOKENS) // block_size)
     return Plan(
         budget,
         weights,
@@ -163,7 +178,9 @@ def plan(
         pool(num_blocks),
         block_size,
         blocks(num_blocks),
+        blocks(min(start, num_blocks)),
         num_blocks * block_size,
+        is_fixed,
     )
 
 

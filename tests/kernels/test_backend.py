@@ -280,7 +280,7 @@ def test_every_read_comes_after_its_layers_write_and_every_write_after_the_last_
     monkeypatch.setattr(kernels, "COMPILES", False)  # a trace has other arrays
     served = engine(model, ON_KERNELS)
     model.fetches = fetches
-    served._new_pool()
+    served.pool.make_arrays()
     recorder = Recorder(monkeypatch)
     serving.serve(served, prompts(), SamplingParams(temperature=0, max_tokens=3))
     after, fences, kinds = None, {}, Counter()

@@ -1,0 +1,86 @@
+"""The blocks of an engine: as numbers, as arrays, and how many there are."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+from mlxpage.cache_group import CacheGroup
+from mlxpage.metal.backend import mx
+from mlxpage.metal.kv_cache import KVCache, windows
+from mlxpage.metal.memory import Plan, gigabytes
+from mlxpage.metal.model import Model
+
+
+class ElasticPool:
+    """Keeps the arrays as large as the cache groups say. It belongs to the engine's thread."""
+
+    def __init__(self, model: Model, plan: Plan, ops: ModuleType):
+        self._model: Model | None = model
+        self._ops = ops
+        self.groups = [
+            CacheGroup(start, plan.block_size, window, limit=limit)
+            for start, limit, window in zip(
+                plan.start, plan.num_blocks, windows(model.specs), strict=True
+            )
+        ]
+        self.num_grown = self.num_shrunk = 0
+        self.has_failed = False
+        """Whether a pool could not grow, and is at its limit now: some requests may not fit."""
+        self.make_arrays()
+
+    @property
+    def num_blocks(self) -> list[int]:
+        return [group.pool.num_blocks for group in self.groups]
+
+    @property
+    def nbytes(self) -> int:
+        cache = self._model and self._model.cache
+        return cache.nbytes if cache else 0
+
+    def make_arrays(self) -> None:
+        """Full of zeros, as large as the groups are."""
+        block_size, fetches = self.groups[0].block_size, self._model.fetches
+        specs, num_blocks = self._model.specs, self.num_blocks
+        self._model.bind(KVCache(specs, num_blocks, block_size, self._ops, fetches=fetches))
+
+    def grow(self, group: int, num_blocks: int) -> bool:
+        """Makes the arrays of a group so large. False if that can't be: there is no memory for it,
+        whatever the budget says. The group's pool is at its limit then."""
+        if self._model.cache is None:  # they are made before the next step
+            return True
+        try:
+            mx.synchronize()
+        except Exception:
+            return False  # a step in flight has failed; who reads its results will tell
+        sizes = self.num_blocks
+        sizes[group] = num_blocks
+        try:
+            self._model.cache.resize(sizes)
+        except Exception as error:  # MLX raises RuntimeError, and others
+            self._stay(group, num_blocks, error)
+            return False
+        self.num_grown += 1
+        return True
+
+    def _stay(self, group: int, wanted: int, error: Exception) -> None:
+        pool = self.groups[group].pool
+        pool.limit = pool.num_blocks
+        self.has_failed = True
+        warnings.warn(
+            f"the pool can't grow from {pool.num_blocks:,} blocks to {wanted:,}, though the budget "
+            f"allows it: {type(error).__name__}: {error}. It stays at {gigabytes(self.nbytes)}; "
+            "set_memory lets it try again.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def shrink(self, moves: list[list[tuple[int, int]]]) -> None:
+        """Makes the arrays as small as the groups are now, moving what these have moved. If it
+        raises, what the blocks hold is lost."""
+        if self._model.cache is not None:
+            self._model.cache.resize(self.num_blocks, moves)
+        self.num_shrunk += 1
+
+    def close(self) -> None:
+        self._model = None
