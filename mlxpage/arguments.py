@@ -28,6 +28,8 @@ def check_options(
     prefix_cache: bool = True,
     backend: str | None = None,
     seed: int | None = None,
+    trim_after: float | None = None,
+    memory_pressure: bool = False,
 ) -> None:
     """Raises InvalidRequest for what no model can be loaded with."""
     if not isinstance(model, (str, os.PathLike)):
@@ -35,8 +37,9 @@ def check_options(
     _check_one_of("block_size", block_size, (16, 32))
     _check_one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
     kv_bits_pair(kv_bits)
-    if not isinstance(prefix_cache, bool):
-        raise InvalidRequest(f"prefix_cache is {prefix_cache!r:.80}; it must be True or False")
+    check_bool("prefix_cache", prefix_cache)
+    check_bool("memory_pressure", memory_pressure)
+    _seconds("trim_after", trim_after)
     _check_one_of("backend", backend, (None, "metal", "cuda", "reference"))
     check_integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
     check_integer("max_num_seqs", max_num_seqs, least=1)
@@ -61,6 +64,20 @@ def kv_bits_pair(kv_bits: KVBits) -> tuple[int | None, int | None]:
             "for what isn't quantised, or None"
         )
     return pair
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!r:.80}; it must be True or False")
+
+
+def _seconds(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10**6:
+        raise InvalidRequest(
+            f"{name} is {value!r:.80}; it must be seconds, from 0 to 1,000,000, or None"
+        )
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> None:

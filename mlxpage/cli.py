@@ -295,7 +295,7 @@ def _summary(outputs, seconds: float, stats) -> str:
     return (
         f"{answers}, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tok/s, "
         f"first token after {first * 1000:.0f} ms; {prompt:,} prompt tokens; pool in use at most "
-        f"{blocks['peak_used']:,} of {blocks['total']:,} blocks "
+        f"{blocks['peak_used']:,} of {blocks['limit']:,} blocks "
         f"({blocks['peak_used'] * block_bytes / 1e6:.0f} MB)"
     )
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from mlxpage.engine import Engine, forget_locals
 from mlxpage.errors import EngineError
 from mlxpage.metal.backend import mx
+from mlxpage.upkeep import Upkeep
 
 T = TypeVar("T")
 
@@ -24,7 +25,9 @@ class EngineThread:
     thread that is still in MLX while the interpreter is torn down ends the process with a crash.
     """
 
-    def __init__(self, make_engine: Callable[[threading.Event], Engine]):
+    def __init__(
+        self, make_engine: Callable[[threading.Event], Engine], upkeep: Upkeep | None = None
+    ):
         """Makes the engine on the new thread and waits for it; raises what `make_engine` does.
 
         The event that `make_engine` gets is set when nobody wants the engine any more.
@@ -37,7 +40,7 @@ class EngineThread:
         ready: Future[Engine] = Future()
         self._thread = threading.Thread(
             target=_run,
-            args=(self._inbox, ready, closing, self._ended),
+            args=(self._inbox, ready, closing, self._ended, upkeep or Upkeep()),
             name="mlxpage-engine",
             daemon=True,
         )
@@ -78,7 +81,11 @@ def _stop(thread: threading.Thread, inbox: queue.SimpleQueue, closing: threading
 
 
 def _run(
-    inbox: queue.SimpleQueue, ready: Future, closing: threading.Event, ended: threading.Event
+    inbox: queue.SimpleQueue,
+    ready: Future,
+    closing: threading.Event,
+    ended: threading.Event,
+    upkeep: Upkeep,
 ) -> None:
     try:
         engine = inbox.get()(closing)
@@ -88,7 +95,7 @@ def _run(
         ready.set_exception(error)
     else:
         ready.set_result(engine)
-        _serve(engine, inbox)
+        _serve(engine, inbox, upkeep)
         engine.close()
         del engine
     finally:
@@ -98,11 +105,13 @@ def _run(
         mx.clear_streams()
 
 
-def _serve(engine: Engine, inbox: queue.SimpleQueue) -> None:
-    while _answer_calls(engine, inbox):
+def _serve(engine: Engine, inbox: queue.SimpleQueue, upkeep: Upkeep) -> None:
+    seconds: float | None = 0.0
+    while _answer_calls(engine, inbox, seconds):
         try:
             if engine.has_work:
                 engine.step()
+            seconds = upkeep.run(engine)
         except Exception as error:  # a step fails its own requests; this one couldn't
             failure = EngineError(f"the engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
@@ -110,12 +119,14 @@ def _serve(engine: Engine, inbox: queue.SimpleQueue) -> None:
     engine.abort_all()
 
 
-def _answer_calls(engine: Engine, inbox: queue.SimpleQueue) -> bool:
-    """Runs what is in the inbox, and waits for something if there is no work; False to end."""
+def _answer_calls(engine: Engine, inbox: queue.SimpleQueue, seconds: float | None) -> bool:
+    """Runs what is in the inbox; if there is no work, waits for something, so many seconds or as
+    long as it takes. False to end."""
     try:
-        while (call := inbox.get(block=not engine.has_work)) is not None:
+        call = inbox.get(block=not engine.has_work, timeout=seconds)
+        while call is not None:
             _answer(engine, *call)
-            del call  # while this waits, it must not keep what was asked for
+            call = inbox.get(block=False)
     except queue.Empty:
         return True
     return False

@@ -6,12 +6,13 @@ import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from mlxpage import beams
 from mlxpage.arguments import (
     KVBits,
     Prompt,
+    check_bool,
     check_integer,
     check_options,
     check_streamed,
@@ -25,6 +26,9 @@ from mlxpage.arguments import (
 from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.outputs import RequestOutput, StreamEvent
 from mlxpage.sampling_params import BeamSearchParams, SamplingParams
+
+if TYPE_CHECKING:
+    from mlxpage.metal.memory import Plan
 
 Messages = list[dict[str, Any]]
 
@@ -40,8 +44,9 @@ class LLM:
     Args:
         model: a folder, a model of the Hugging Face hub, or the name of a demo model.
         memory: budget for weights, pool and scratch: "4GB", "50%" of the machine's, or bytes.
-            None: at most half, and no larger a pool than the sequences usually need.
-        num_blocks: size of the pool in blocks, instead of what the budget allows.
+            None: at most half, and no larger a pool than the sequences usually need. Within it the
+            pool starts small and grows when a request would wait or something cached be lost.
+        num_blocks: size of the pool in blocks, from the start and for good.
         block_size: tokens in a block, 16 or 32.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed in a step; longer prompts come in chunks.
@@ -56,6 +61,10 @@ class LLM:
         dtype: "float32", "float16" or "bfloat16" for the weights; None as they are stored, on a
             CPU float32.
         seed: of the requests that bring none.
+        trim_after: seconds without work after which empty blocks are given back; None: never.
+        memory_pressure: whether to `trim` when macOS says that memory gets short: at its first
+            warning the empty blocks go, and at a critical level what is cached as well. Elsewhere
+            nobody says so.
         on_status: called with a line of text while the model is fetched and loaded.
         on_loaded: called with the bytes of weights loaded so far and in all; an error it raises
             ends the loading, with EngineError.
@@ -79,6 +88,8 @@ class LLM:
         backend: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
+        trim_after: float | None = 60.0,
+        memory_pressure: bool = False,
         on_status: Callable[[str], None] | None = None,
         on_loaded: Callable[[int, int], None] | None = None,
     ):
@@ -93,6 +104,8 @@ class LLM:
             backend=backend,
             dtype=dtype,
             seed=seed,
+            trim_after=trim_after,
+            memory_pressure=memory_pressure,
         )
         from mlxpage import model_store
 
@@ -103,6 +116,8 @@ class LLM:
 
         from mlxpage.engine_thread import EngineThread
         from mlxpage.loading import load_engine
+        from mlxpage.memory_pressure import level
+        from mlxpage.upkeep import Upkeep
 
         # Nothing here may know this object: the thread would keep it, and never end.
         self._thread = EngineThread(
@@ -122,10 +137,10 @@ class LLM:
                 backend=backend,
                 on_status=on_status,
                 on_loaded=on_loaded,
-            )
+            ),
+            Upkeep(trim_after, level if memory_pressure else None),
         )
         self._engine = self._thread.engine
-        self.plan = self._engine.plan
         self.family = config["model_type"]
         self.tokenizer = self._engine.tokenizer
 
@@ -317,6 +332,36 @@ class LLM:
                 "conversation there is chat"
             )
         return [int(token) if is_integer(token) else token for token in prompt]
+
+    # -- memory --
+
+    @property
+    def plan(self) -> Plan:
+        """How the budget is divided, in bytes and blocks."""
+        return self._engine.plan
+
+    def trim(self, *, cached: bool = False) -> int:
+        """Gives blocks that nobody uses back to the system; returns the bytes.
+
+        Empty ones go, but for the room that a new pool has. With `cached`, what is only kept to be
+        found again goes too, and that room. The pool grows again when it has to. One whose size was
+        given as `num_blocks` stays as it is, and 0 is returned.
+        """
+        check_bool("cached", cached)
+        return self._thread.call(lambda engine: engine.trim(cached=cached)).result()
+
+    def set_memory(self, memory: str | int | None) -> None:
+        """Changes the budget, as `memory` at the start. Requests go on.
+
+        A pool that is larger than the new budget allows shrinks at once: what is cached goes first,
+        longest unused before others, then the newest generations are interrupted, to be computed
+        again later. Those without `max_tokens` may end earlier.
+
+        Raises InvalidRequest for what is no size, if a request could never end in the new pool, or
+        if `num_blocks` was given; OutOfMemory if weights and a usable pool don't fit. Then nothing
+        has changed.
+        """
+        self._thread.call(lambda engine: engine.set_memory(memory)).result()
 
     # -- the rest --
 

@@ -27,6 +27,8 @@ MODULES = {
         "intake",
         "served",
         "elastic_pool",
+        "memory_pressure",
+        "upkeep",
         "engine",
         "loading",
         "engine_thread",

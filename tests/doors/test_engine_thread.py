@@ -359,6 +359,12 @@ def test_an_error_of_the_callers_own_function_ends_the_loading(make_llm):
         ({"dtype": "array"}, "dtype"),
         ({"backend": "cuda9"}, "backend"),
         ({"seed": "x"}, "seed"),
+        ({"trim_after": "1"}, "trim_after"),
+        ({"trim_after": -1}, "trim_after"),
+        ({"trim_after": float("nan")}, "trim_after"),
+        ({"trim_after": float("inf")}, "trim_after"),
+        ({"trim_after": True}, "trim_after"),
+        ({"memory_pressure": 1}, "memory_pressure"),
         ({"folder": None}, "model"),
         ({"folder": 5}, "model"),
     ],
@@ -491,7 +497,7 @@ def test_a_pool_that_cannot_be_made_again_fails_requests_until_it_can(make_llm, 
     expected = llm.generate("abc", GREEDY).token_ids
     with monkeypatch.context() as patch:
         fail(patch, "mlxpage.metal.model.Model.__call__", RuntimeError("no"))
-        fail(patch, "mlxpage.engine.KVCache", RuntimeError("no memory"), times=2)
+        fail(patch, "mlxpage.elastic_pool.KVCache", RuntimeError("no memory"), times=2)
         for told in "no", "no memory", "no memory":
             with pytest.raises(EngineError, match=told):
                 llm.generate("abc", GREEDY)

@@ -119,6 +119,53 @@ def test_a_free_block_is_not_shared():
         BlockPool(2).share([2])
 
 
+def test_what_a_pool_grows_by_is_empty_and_reused_before_what_is_cached():
+    pool = BlockPool(2, limit=5)
+    pool.free(cached(pool, 2))
+    pool.grow(4)
+    assert (pool.num_blocks, pool.num_empty, pool.num_to_come) == (4, 2, 1)
+    assert pool.allocate(4) == [3, 4, 2, 1]
+    with pytest.raises(AssertionError, match="6 of 5 blocks"):
+        pool.grow(6)
+
+
+def test_what_is_used_moves_to_the_front_with_its_key_and_its_owners():
+    pool = BlockPool(6)
+    first, table = pool.allocate(3), pool.allocate(3)
+    pool.cache(table[1], b"5")
+    pool.share(table[1:])
+    pool.free(first)
+    assert pool.shrink(3) == [(4, 1), (5, 2), (6, 3)]
+    assert pool.num_blocks == 3 and pool.find(b"5") == 2
+    assert [pool.num_owners(block) for block in (1, 2, 3)] == [1, 2, 2]
+    pool.check([[1, 2, 3], [2, 3]])
+
+
+def test_what_was_freed_last_stays_cached_when_a_pool_shrinks():
+    pool = BlockPool(6)
+    table = cached(pool, 5)
+    pool.free(table)  # reused in the order 6, 5, 4, 3, 2, 1
+    assert pool.shrink(2) == []
+    assert [pool.find(b"%d" % n) for n in range(1, 6)] == [1, 2, None, None, None]
+    pool = BlockPool(6)
+    first, second = cached(pool, 3), cached(pool, 3)
+    pool.free(second)
+    pool.free(first)
+    pool.share(second)
+    pool.free(second)  # reused in the order 3, 2, 1, 6, 5, 4
+    assert pool.shrink(4) == [(5, 2), (6, 3)]
+    assert [pool.find(b"%d" % n) for n in range(1, 7)] == [1, None, None, 4, 2, 3]
+    assert pool.num_evictions == 0
+    assert pool.allocate(4) == [1, 3, 2, 4]
+
+
+def test_a_pool_does_not_shrink_below_what_is_used():
+    pool = BlockPool(4)
+    pool.allocate(3)
+    with pytest.raises(AssertionError, match="3 blocks are used"):
+        pool.shrink(2)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -132,6 +179,7 @@ def test_a_free_block_is_not_shared():
         (lambda pool, table: table.append(7), "4 used . 3 free blocks; the pool has 6"),
         (lambda pool, table: pool._cached.__setitem__(b"1", 2), "isn't the one that its key finds"),
         (lambda pool, table: pool._free.move_to_end(4, last=False), "before an empty one"),
+        (lambda pool, table: setattr(pool, "_num_free_cached", 0), "2 empty blocks, 3 counted"),
     ],
     ids=[
         "lost block",
@@ -144,6 +192,7 @@ def test_a_free_block_is_not_shared():
         "unknown block in a table",
         "key of another block",
         "cached block at the front of the free queue",
+        "stale count of empty blocks",
     ],
 )
 def test_check_finds(damage, message):
@@ -190,6 +239,12 @@ class Model:
         self.tables.append([block])
         return [block]
 
+    def forget_what_has_no_room(self, num_blocks: int) -> None:
+        used = len({block for table in self.tables for block in table if block})
+        cached = [block for block in self.free if block in self.keys]
+        for block in cached[: max(0, used + len(cached) - num_blocks)]:
+            del self.keys[block]
+
     def share(self, index: int, count: int) -> list[int]:
         self.tables.append(self.tables[index][:count])
         return list(self.tables[-1])
@@ -211,7 +266,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(1, 40))
     def make(self, num_blocks):
         self.num_blocks = num_blocks
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, limit=60)
         self.model = Model(num_blocks)
 
     def draw_table(self, data) -> int:
@@ -276,6 +331,32 @@ class PoolAgainstModel(RuleBasedStateMachine):
         if block in self.model.free:
             self.model.free.remove(block)
             self.model.put(block)
+
+    @rule(data=st.data())
+    def grow(self, data):
+        before = self.num_blocks
+        self.num_blocks = data.draw(st.integers(before, 60), label="num_blocks")
+        self.pool.grow(self.num_blocks)
+        self.model.free = [*range(before + 1, self.num_blocks + 1), *self.model.free]
+
+    @rule(data=st.data())
+    def shrink(self, data):
+        used = len({block for table in self.model.tables for block in table if block})
+        num_blocks = data.draw(st.integers(max(1, used), self.num_blocks), label="num_blocks")
+        self.model.forget_what_has_no_room(num_blocks)
+        moves = dict(self.pool.shrink(num_blocks))
+        occupied = {block for table in self.model.tables for block in table} | set(self.model.keys)
+        kept = {block for block in occupied if block and block <= num_blocks}
+        assert moves.keys() == {block for block in occupied if block > num_blocks}
+        assert all(1 <= target <= num_blocks for target in moves.values())
+        assert len({*moves.values(), *kept}) == len(moves) + len(kept), "moved onto something"
+        cached = [moves.get(b, b) for b in self.model.free if b in self.model.keys]
+        empty = [block for block in self.pool._free if block not in cached]
+        assert len(empty) == num_blocks - len(occupied - {NULL_BLOCK})
+        self.model.tables = [[moves.get(b, b) for b in table] for table in self.model.tables]
+        self.model.keys = {moves.get(b, b): key for b, key in self.model.keys.items()}
+        self.model.free = empty + cached
+        self.num_blocks = num_blocks
 
     @invariant()
     def contents_agree(self):

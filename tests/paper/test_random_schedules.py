@@ -4,7 +4,7 @@
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +48,10 @@ class Load:
     arrivals: list[tuple[int, Request]]  # by step
     aborts: list[tuple[int, int, bool]]  # step, which request, after planning
     branches: list[tuple[int, int]]  # step, which request
+    start: float = 1  # what each pool has at first, of what it may have
+    trims: list[tuple[int, bool]] = field(default_factory=list)  # step, cached ones too
+    limits: list[tuple[int, float]] = field(default_factory=list)  # step, share of the first ones
+    refusals: list[int] = field(default_factory=list)  # steps in which no pool can grow
 
 
 @st.composite
@@ -92,15 +96,35 @@ def serve(load: Load) -> World:
     requests = [request for _, request in load.arrivals]
     chunk = load.max_num_batched_tokens
     groups = [pool_for(requests, size, window, chunk, share) for size, window, share in load.groups]
+    first_limits = [group.pool.limit for group in groups]
+    if load.start < 1:
+        groups = [
+            CacheGroup(max(1, int(load.start * n)), g.block_size, g.window, limit=n)
+            for g, n in zip(groups, first_limits, strict=True)
+        ]
     scheduler = Scheduler(
         groups,
         max_num_seqs=load.max_num_seqs,
         max_num_batched_tokens=load.max_num_batched_tokens,
         prefix_cache=PrefixCache(groups) if load.prefix_cache else None,
+        make_larger=lambda *wanted: world.make_larger(*wanted),
     )
     world = World(scheduler, load.depth)
-    last = max(step for step, *_ in [*load.arrivals, *load.aborts, *load.branches])
+    dated = [*load.arrivals, *load.aborts, *load.branches, *load.trims, *load.limits]
+    last = max([step for step, *_ in dated] + load.refusals)
     for step in range(last + 1):
+        world.refuses_to_grow = step in load.refusals
+        for when, cached in load.trims:
+            if when == step:
+                world.trim(cached=cached)
+        for when, share in load.limits:
+            if when == step:
+                to_come = [request for arrival, request in load.arrivals if arrival >= step]
+                limits = [
+                    max([1, round(share * first), *(need(r, group, chunk) for r in to_come)])
+                    for first, group in zip(first_limits, groups, strict=True)
+                ]
+                world.set_limits(limits)
         for arrival, request in load.arrivals:
             if arrival == step:
                 world.add(continued(world, request))
@@ -111,6 +135,7 @@ def serve(load: Load) -> World:
         plan = world.plan()
         abort(world, load, step, after_planning=True)
         world.deliver(plan)
+    world.refuses_to_grow = False
     world.run()
     return world
 
@@ -131,6 +156,40 @@ def abort(world: World, load: Load, step: int, after_planning: bool) -> None:
     for when, number, after in load.aborts:
         if when == step and after == after_planning and number < len(world.sequences):
             world.abort(world.sequences[number])
+
+
+@st.composite
+def elastic_loads(draw):
+    """Loads on pools that start small, are trimmed, get other limits and can't always grow."""
+    step = st.integers(0, 120)
+    return replace(
+        draw(loads()),
+        start=draw(st.sampled_from([0, 0.1, 0.5])),
+        trims=draw(st.lists(st.tuples(step, st.booleans()), max_size=8)),
+        limits=draw(
+            st.lists(st.tuples(step, st.sampled_from([0.3, 0.6, 0.9, 1, 1.5])), max_size=4)
+        ),
+        refusals=draw(st.lists(step, max_size=10)),
+    )
+
+
+@pytest.mark.parametrize("count", counts(300))
+def test_any_load_is_served_on_pools_that_grow_and_shrink_meanwhile(count):
+    moved = changed = refused = grown = 0
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=count == 300)
+    @given(elastic_loads())
+    def check(load):
+        nonlocal moved, changed, refused, grown
+        world = serve(load)
+        moved += world.num_moved
+        changed += world.num_limits
+        refused += world.num_refused_limits
+        grown += world.num_grown
+
+    check()
+    print(f"{moved} blocks moved, {changed} limits changed, {refused} refused, {grown} grown")
+    assert min(moved, changed, refused, grown) > count / 4, "the loads test nothing"
 
 
 @pytest.mark.parametrize("count", counts(600))

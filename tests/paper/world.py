@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from mlxpage.cache_group import CacheGroup
+from mlxpage.errors import InvalidRequest
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import MAX_SCORED_TOKENS, Schedule, Scheduler
 from mlxpage.sequence import Sequence, Status
@@ -16,8 +17,8 @@ from mlxpage.sequence import Sequence, Status
 STOP = 1
 COMMON, OWN = 1000, 2000
 """Prompt tokens from here on are those of a family of requests, or of one request alone."""
-PARAMS = SamplingParams()
-WITH_PROMPT_LOGPROBS = SamplingParams(prompt_logprobs=0)
+PARAMS = SamplingParams(max_tokens=2**31 - 1)  # `max_length` is what counts
+WITH_PROMPT_LOGPROBS = replace(PARAMS, prompt_logprobs=0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class World:
         self.num_sampled: list[int] = []  # prompt and sampled tokens, read or not
         self.aborted: set[int] = set()
         self.newcomers: list[int] = []  # per sequence: later ones of better priority
+        self.num_cuts: list[int] = []  # per sequence: times that its room was taken away
+        self.refuses_to_grow = False
+        self.num_moved = self.num_grown = self.num_limits = self.num_refused_limits = 0
         self.num_steps = 0
         self.num_computed = self.num_recomputed = 0
         self.furthest: dict[int, int] = {}
@@ -140,6 +144,7 @@ class World:
         self.sequences.append(seq)
         self.num_sampled.append(request.prompt)
         self.newcomers.append(0)
+        self.num_cuts.append(0)
         return seq
 
     def abort(self, seq: Sequence) -> None:
@@ -151,6 +156,58 @@ class World:
         self.scheduler.finish(seq, "abort")
         assert seq.finish_reason == (reason or "abort")
         self.scheduler.check()
+
+    def shrink(self, sizes: list[int]) -> None:
+        """Between two steps. The memory behind the blocks moves with them, and ends where they
+        do."""
+        moves = self.scheduler.shrink(sizes)
+        for memory, group, size, pairs in zip(
+            self.memory, self.scheduler.groups, sizes, moves, strict=True
+        ):
+            assert group.pool.num_blocks == size
+            assert all(target <= size < source for source, target in pairs)
+            moved = {target: memory[source] for source, target in pairs}
+            memory.update(moved)
+            for block in [block for block in memory if block > size]:
+                del memory[block]
+            self.num_moved += len(moved)
+        self.scheduler.check()
+
+    def trim(self, *, cached: bool) -> None:
+        pools = [group.pool for group in self.scheduler.groups]
+        sizes = [p.num_used if cached else p.num_blocks - p.num_empty for p in pools]
+        preemptions = self.scheduler.num_preemptions
+        found = [dict(pool._cached) for pool in pools]
+        self.shrink([max(1, size) for size in sizes])
+        assert self.scheduler.num_preemptions == preemptions
+        for pool, before in zip(pools, found, strict=True):
+            assert cached or pool._cached.keys() == before.keys(), "what is cached is lost"
+
+    def set_limits(self, limits: list[int]) -> None:
+        """To where `shrink` has to follow, if nobody's length forbids it."""
+        before = self.scheduler.limits
+        try:
+            self.scheduler.set_limits(limits)
+        except InvalidRequest:
+            assert self.scheduler.limits == before
+            self.num_refused_limits += 1
+            return
+        self.num_limits += 1
+        self.cut_room()
+        pools = [group.pool for group in self.scheduler.groups]
+        self.shrink([min(pool.num_blocks, pool.limit) for pool in pools])
+
+    def make_larger(self, group: int, num_blocks: int) -> bool:
+        if self.refuses_to_grow:
+            self.cut_room()
+            return False
+        self.num_grown += 1
+        return True
+
+    def cut_room(self) -> None:
+        """The room that was kept for those who are there is no longer what it was."""
+        for seq in self.sequences:
+            self.num_cuts[seq.id] += not seq.finish_reason
 
     def step(self) -> Schedule:
         plan = self.plan()
@@ -168,7 +225,8 @@ class World:
         if plan:
             self.in_flight.append(plan)
         else:
-            assert self.in_flight or not self.scheduler.has_work, "nothing will ever happen again"
+            stuck = self.scheduler.has_work and not self.in_flight and not self.refuses_to_grow
+            assert not stuck, "nothing will ever happen again"
         return plan
 
     def deliver(self, plan: Schedule) -> None:
@@ -228,7 +286,7 @@ class World:
         assert not (preempted and admitted), "admitted into room that was just taken"
         for id in preempted:
             assert all(self.place(other) < self.place(id) for other in stayed), "not the newest"
-            most = 4 + self.newcomers[id]
+            most = 4 + self.newcomers[id] + self.num_cuts[id]
             assert self.sequences[id].num_preemptions <= most, "preempted again and again"
         for seq in scheduler.waiting:
             assert seq.status is Status.WAITING and not any(seq.block_tables)
