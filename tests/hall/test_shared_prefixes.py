@@ -1,12 +1,14 @@
 """Prompts that begin alike share blocks, and generate what they generate alone.
 
 Random cases: prompts on a few common beginnings come in waves, once or several times each, in
-chunks of any size, into pools that are too small for all of them. Greedy tokens have to be those of
+chunks of any size, into pools that are too small for all of them, or that grow and are trimmed in
+the middle of a run. Greedy tokens have to be those of
 an engine without a prefix cache, but where the two best logits lie within rounding of each other.
 """
 
 import functools
 import random
+from dataclasses import replace
 
 import oracle
 import prose
@@ -69,6 +71,9 @@ class Case:
             "max_num_seqs": seqs,
             "max_num_batched_tokens": seqs + rng.choice([0, 7, 16, 60, 200]),
         }
+        # How often a step is followed by a trim, of cached blocks too or not.
+        self.resizes = rng.choice([0, 0.03, 0.3])
+        self.rng = rng
 
     def serve(self, model, *, prefix_cache: bool):
         limits = self.limits if prefix_cache else {"num_blocks": 64}
@@ -77,12 +82,32 @@ class Case:
         )
         n = self.n if prefix_cache else 1
         params = SamplingParams(temperature=0, max_tokens=self.new, logprobs=2, n=n)
-        outputs = [out for wave in self.waves for out in serving.serve(engine, wave, params)]
+        on_step = None
+        if prefix_cache and self.resizes:
+            make_elastic(engine)
+            on_step = self.maybe_trim
+        outputs = [
+            out
+            for wave in self.waves
+            for out in serving.serve(engine, wave, params, on_step=on_step)
+        ]
         return engine, outputs
+
+    def maybe_trim(self, engine) -> None:
+        if self.rng.random() < self.resizes:
+            engine.trim(cached=self.rng.random() < 0.3)
+
+
+def make_elastic(engine) -> None:
+    """Lets the pool have as many blocks as it has, but none to begin with."""
+    engine.plan = replace(engine.plan, is_fixed=False)
+    for group in engine.pool.groups:
+        group.pool.start = 0
+    engine.trim(cached=True)
 
 
 def compare(model, text, seeds, *, longest=90, most_new=60) -> None:
-    found = evicted = preempted = 0
+    found = evicted = preempted = resized = 0
     for seed in seeds:
         case = Case(seed, text, longest, most_new)
         _, alone = case.serve(model, prefix_cache=False)
@@ -100,7 +125,9 @@ def compare(model, text, seeds, *, longest=90, most_new=60) -> None:
         found += cache.num_hit_tokens
         evicted += cache.num_evictions
         preempted += engine.scheduler.num_preemptions
+        resized += min(engine.stats()["resizes"].values())
     assert found and evicted and (preempted or len(seeds) < 20), "the cases test nothing"
+    assert resized >= len(seeds), "and resize nothing"
 
 
 def as_greedy(output) -> oracle.Greedy:

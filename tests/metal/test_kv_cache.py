@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import operator
 import weakref
 
@@ -12,7 +13,7 @@ import serving
 import tiny_models
 
 from mlxpage.errors import UnsupportedModel
-from mlxpage.metal import kv_cache, reference, seam
+from mlxpage.metal import kernels, kv_cache, layout, reference, seam
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, MaskTag, Tagged
 from mlxpage.metal.layout import LayerSpec, Rows
@@ -45,17 +46,81 @@ def tables(rng, sequences, num_blocks: int) -> np.ndarray:
     return table
 
 
-def filled(rng, specs, num_blocks) -> KVCache:
-    cache = KVCache(specs, num_blocks, BLOCK_SIZE)
+def filled(rng, specs, num_blocks, backend=reference) -> KVCache:
+    cache = KVCache(specs, num_blocks, BLOCK_SIZE, backend)
     for layer in cache.layers:
-        layer.pool.k = mx.array(rng.standard_normal(layer.pool.k.shape).astype(np.float32))
-        layer.pool.v = mx.array(rng.standard_normal(layer.pool.v.shape).astype(np.float32))
+        k, v = (rng.standard_normal(pool.shape) for pool in (layer.pool.k, layer.pool.v))
+        layer.pool.fill(mx.array(k.astype(np.float32)), mx.array(v.astype(np.float32)))
+    mx.eval(cache.arrays())
     return cache
 
 
 SEQUENCES = [(1, 1), (16, 1), (17, 1), (50, 1), (5, 5), (32, 20), (60, 3)]
 FULL = LayerSpec(None, 2, 16, 24, mx.float32)
 WINDOWED = LayerSpec(20, 3, 8, 8, mx.float32)
+
+
+# -- another size --
+
+
+@pytest.mark.parametrize("backend", [reference, kernels])
+def test_a_cache_keeps_what_its_blocks_hold_when_it_grows(backend):
+    rng = np.random.default_rng(0)
+    cache = filled(rng, [FULL, WINDOWED], [9, 5], backend)
+    before = [(np.array(layer.pool.k), np.array(layer.pool.v)) for layer in cache.layers]
+    cache.resize([20, 5])
+    assert cache.num_blocks == [20, 5]
+    for layer, length, (k, v) in zip(cache.layers, (21, 6), before, strict=True):
+        for now, was in ((layer.pool.k, k), (layer.pool.v, v)):
+            now = np.array(now)
+            assert now.shape == (length, *was.shape[1:])
+            assert np.array_equal(now[: len(was)], was) and not now[len(was) :].any()
+
+
+@pytest.mark.parametrize("backend", [reference, kernels])
+def test_blocks_move_before_a_cache_shrinks_and_all_memory_is_given_back(backend):
+    rng = np.random.default_rng(0)
+    cache = filled(rng, [FULL, WINDOWED], [2000, 1000], backend)
+    before = [(np.array(layer.pool.k), np.array(layer.pool.v)) for layer in cache.layers]
+    mx.clear_cache()
+    active, nbytes = mx.get_active_memory(), cache.nbytes
+    cache.resize([4, 3], [[(2000, 1), (7, 4)], [(999, 3)]])
+    assert active - mx.get_active_memory() > 0.95 * (nbytes - cache.nbytes)
+    assert mx.get_cache_memory() == 0
+    orders = [0, 2000, 2, 3, 7], [0, 1, 2, 999]
+    for layer, order, (k, v) in zip(cache.layers, orders, before, strict=True):
+        assert np.array_equal(np.array(layer.pool.k), k[order])
+        assert np.array_equal(np.array(layer.pool.v), v[order])
+
+
+def test_a_pool_of_any_type_and_shape_can_be_resized():
+    pool = reference.Pool(FULL, 3, BLOCK_SIZE)
+    words = mx.arange(4 * 2 * 5, dtype=mx.uint32).reshape(4, 2, 5)
+    pool.fill(words, words[:, :, :3])
+    pool.resize(5, [])
+    pool.resize(2, [(3, 1)])
+    assert pool.k.dtype == mx.uint32
+    assert mx.array_equal(pool.k, mx.stack([words[0], words[3], words[2]]))
+    assert mx.array_equal(pool.v, mx.stack([words[0], words[3], words[2]])[:, :, :3])
+
+
+@pytest.mark.parametrize("broken", range(6))
+def test_a_cache_that_cannot_grow_is_as_it_was(monkeypatch, broken):
+    cache = filled(np.random.default_rng(0), [FULL, WINDOWED, FULL], [9, 5])
+    before = [np.array(array) for array in cache.arrays()]
+    pad, calls = mx.pad, itertools.count()
+
+    def failing(*arguments):
+        if next(calls) == broken:
+            raise RuntimeError("no memory")
+        return pad(*arguments)
+
+    monkeypatch.setattr(layout.mx, "pad", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        cache.resize([20, 20])
+    assert cache.num_blocks == [9, 5]
+    for array, was in zip(cache.arrays(), before, strict=True):
+        assert np.array_equal(np.array(array), was)
 
 
 # -- writing --

@@ -122,6 +122,10 @@ def test_weights_scratch_and_pool_stay_in_the_budget(family, budget, limits):
     assert plan.weights == model.nbytes
     assert plan.pool == bytes_of_pool(model, plan)
     assert plan.weights + plan.scratch + plan.pool <= budget
+    layers = [(plan.num_blocks[windows(model).index(s.window)] + 1, s) for s in model.specs]
+    heads = [n * s.kv_heads * max(s.k_head_dim, s.v_head_dim) for n, s in layers]
+    assert plan.scratch >= max(heads) * plan.block_size * 4, "an array is there twice for a while"
+    assert all(0 < start <= most for start, most in zip(plan.start, plan.num_blocks, strict=True))
     full = max(plan.num_blocks)
     chunk = -(-limits["max_num_batched_tokens"] // plan.block_size) + 1
     whole_context = -(-4096 // plan.block_size)
@@ -168,6 +172,7 @@ def test_without_a_budget_a_pool_is_no_larger_than_most_need(machine):
     plan = memory.plan(tiny("llama"), max_num_seqs=8)
     assert plan.budget == 8 * GB
     assert plan.tokens == 8 * memory.DEFAULT_TOKENS_PER_SEQUENCE
+    assert plan.start == [(512 + 1024) // 16] and not plan.is_fixed
     # Or one whole context, if that's more.
     assert memory.plan(tiny("llama"), max_num_seqs=1).tokens == 4096
 
@@ -181,6 +186,7 @@ def test_a_number_of_blocks_is_taken_as_given():
                 wanted if window is None else min(wanted, cap(window, 16, 4, 512))
                 for window in windows(model)
             ]
+            assert plan.start == plan.num_blocks and plan.is_fixed
             assert plan.pool == bytes_of_pool(model, plan)
             assert plan.weights + plan.scratch + plan.pool <= plan.budget
     for wrong in (0, -1):

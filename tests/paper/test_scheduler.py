@@ -5,6 +5,7 @@ from world import STOP, Request, World
 
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
+from mlxpage.prefix_cache import PrefixCache
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import MAX_SCORED_TOKENS, Scheduler
 from mlxpage.sequence import Sequence, Status
@@ -620,3 +621,110 @@ def test_check_finds_blocks_that_nobody_gave_back():
     seq.block_tables = [[]]
     with pytest.raises(AssertionError, match="1 references, 0 owners"):
         scheduler.check()
+
+
+# -- a pool that may grow --
+
+
+def make_elastic(num_blocks, limit, *, prefix_cache=False, grown=None, **options) -> Scheduler:
+    """Notes in `grown` what the pool is made as large as; None there refuses."""
+    group = CacheGroup(num_blocks, 4, limit=limit)
+
+    def make_larger(index, num_blocks):
+        if grown is not None:
+            grown.append(num_blocks)
+        return grown is not None
+
+    return Scheduler(
+        [group],
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        prefix_cache=PrefixCache([group]) if prefix_cache else None,
+        make_larger=make_larger,
+    )
+
+
+def test_a_pool_grows_before_a_request_waits_and_by_half_at_least():
+    grown = []
+    scheduler = make_elastic(10, 100, grown=grown)
+    add(scheduler, sequence(0, 30), sequence(1, 4))
+    assert len(parts(step(scheduler))) == 2
+    assert grown == [15]
+    add(scheduler, sequence(2, 120))
+    step(scheduler)
+    assert grown == [15, 43], "9, 3 and 31: what they have, and a block each to grow"
+
+
+def test_a_pool_grows_before_a_sequence_is_preempted():
+    grown = []
+    scheduler = make_elastic(4, 26, grown=grown)
+    add(scheduler, sequence(0, 1), sequence(1, 1))
+    while scheduler.has_work:
+        assert not step(scheduler).preempted
+    assert grown == [6, 9, 13, 19, 26]
+
+
+def test_a_pool_does_not_grow_in_vain():
+    grown = []
+    scheduler = make_elastic(10, 20, grown=grown)
+    add(scheduler, sequence(0, 30), sequence(1, 60, new=20))
+    assert parts(step(scheduler)) == [(0, 0, 30)] and grown == []
+    assert [seq.id for seq in scheduler.waiting] == [1]
+
+
+def test_a_pool_that_cannot_grow_preempts_as_a_full_one_does():
+    scheduler = make_elastic(14, 100)
+    add(scheduler, sequence(0, 4), sequence(1, 4))
+    assert [seq.id for seq in step_until_preemption(scheduler).preempted] == [1]
+    assert scheduler.groups[0].pool.num_blocks == 14
+
+
+@pytest.mark.parametrize("keeps_cached", [True, False])
+def test_a_pool_grows_rather_than_lose_what_is_cached_unless_it_is_told(keeps_cached):
+    grown = []
+    scheduler = make_elastic(10, 100, prefix_cache=True, grown=grown)
+    scheduler.keeps_cached = keeps_cached
+    for id in (0, 1):
+        add(scheduler, sequence(id, 24 + id, new=1))
+        while scheduler.has_work:
+            step(scheduler)
+    pool = scheduler.groups[0].pool
+    assert pool.num_free_cached == 7 and not grown
+    add(scheduler, Sequence(2, [5] * 30, SamplingParams(), max_length=31))
+    step(scheduler)
+    assert grown == ([15] if keeps_cached else [])
+    assert pool.num_evictions == (0 if keeps_cached else 5)
+
+
+def test_capacity_is_what_a_pool_may_grow_to():
+    scheduler = make_elastic(2, 20)
+    assert scheduler.max_tokens_of_a_sequence() == 80
+    scheduler.check_capacity(sequence(0, 30, new=50))
+    with pytest.raises(InvalidRequest, match="need 21 blocks of 4 tokens; the pool holds 20"):
+        scheduler.check_capacity(sequence(0, 31, new=50))
+
+
+def test_limits_in_which_a_sequence_could_never_end_are_refused():
+    scheduler = make_elastic(20, 20)
+    add(scheduler, sequence(0, 10, new=20, max_tokens=20), sequence(1, 8, new=30))
+    step(scheduler)
+    for limit, told in ((7, "room for 30 tokens; .* at most 28"), (2, "Give it more")):
+        with pytest.raises(InvalidRequest, match=told):
+            scheduler.set_limits([limit])
+    assert scheduler.limits == [20]
+    scheduler.set_limits([8])
+    assert [seq.max_length for seq in scheduler.running] == [30, 32], "asked for, and not"
+
+
+def test_who_is_in_the_way_of_a_smaller_pool_is_preempted_newest_first():
+    scheduler = make_elastic(20, 20)
+    add(scheduler, *(sequence(id, 8 + id, new=12) for id in range(3)))
+    step(scheduler)
+    (moves,) = scheduler.shrink([6])
+    assert [seq.id for seq in scheduler.running] == [0, 1]
+    assert scheduler.groups[0].pool.num_blocks == 6
+    assert all(target <= 6 < source for source, target in moves)
+    scheduler.check()
+    scheduler.set_limits([6])
+    while scheduler.has_work:
+        step(scheduler)
