@@ -1,6 +1,7 @@
 """An engine for tests, stepped by hand, that checks its pool after every step."""
 
 import functools
+from dataclasses import replace
 
 from mlxpage.engine import Engine
 from mlxpage.metal import choice, memory
@@ -42,6 +43,14 @@ def engine(
     plan = memory.plan(model, num_blocks=num_blocks, block_size=block_size, **limits)
     options = {"seed": 0, "backend": backend, "prefix_cache": prefix_cache}
     return Engine(model, tokenizer or ByteTokenizer(), plan, **options, **limits)
+
+
+def elastic_engine(model, *, start, num_blocks, backend=choice.REFERENCE, **limits) -> Engine:
+    """With pools of `start` blocks that may grow to `num_blocks`."""
+    plan = memory.plan(model, num_blocks=num_blocks, **limits)
+    sizes = [min(start, most) for most in plan.num_blocks]
+    plan = replace(plan, is_fixed=False, start=sizes)
+    return Engine(model, ByteTokenizer(), plan, seed=0, backend=backend, **limits)
 
 
 def serve(engine: Engine, prompts, params, *, on_step=None) -> list:

@@ -27,9 +27,7 @@ def tiny(family):
 
 
 def engine(model, limit=400, start=10, **limits) -> Engine:
-    plan = memory.plan(model, num_blocks=limit, **limits)
-    plan = replace(plan, is_fixed=False, start=[min(start, n) for n in plan.num_blocks])
-    return Engine(model, serving.ByteTokenizer(), plan, seed=0, **limits)
+    return serving.elastic_engine(model, start=start, num_blocks=limit, **limits)
 
 
 def tokens(outputs) -> list[list[int]]:

@@ -70,6 +70,30 @@ def test_the_kernels_serve_the_tokens_of_the_reference(family, num_blocks):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_kernels_and_compiled_steps_take_a_pool_of_another_size(family):
+    """With a step in flight whenever the pool grows or is trimmed."""
+    model = stress.make_model(family)
+    params = SamplingParams(temperature=0, max_tokens=30)
+    expected = serving.serve(engine(model, choice.REFERENCE), prompts(), params)
+    served = serving.elastic_engine(model, start=3, num_blocks=60, backend=ON_KERNELS, **LIMITS)
+    steps, flights = Counter(), Counter()
+
+    def trim(served):
+        steps["all"] += 1
+        if steps["all"] % 5 == 0:
+            flights[len(served._in_flight)] += 1
+            served.trim(cached=steps["all"] % 10 == 0)
+
+    outputs = serving.serve(served, prompts(), params, on_step=trim)
+    stats = served.stats()
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert min(stats["resizes"].values()) >= 4 and flights[1] >= 4
+    assert stats["failed_steps"] == 0
+    if mx.metal.is_available() or mx.cuda.is_available():  # the simulator can't be traced
+        assert model._compiled._functions and model._compiled.error is None
+
+
 @pytest.mark.parametrize("family", stress.OPTIONS)
 def test_the_kernels_pass_their_check_on_a_models_shapes(family):
     model = stress.make_model(family)
