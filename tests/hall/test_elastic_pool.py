@@ -129,12 +129,13 @@ def test_a_pool_grows_before_anybody_waits_is_preempted_or_loses_what_is_cached(
         most = max(most, len(served.scheduler.running))
 
     serving.serve(served, prompts(), GREEDY, on_step=watch)
+    serving.serve(served, [[token] * 100 for token in range(10)], GREEDY, on_step=watch)
     stats = served.stats()
     assert stats["preemptions"] == stats["prefix_cache"]["evictions"] == 0
     assert most == 24
     assert 10 < stats["blocks"]["total"] < stats["blocks"]["limit"] == 400
     assert stats["bytes"]["pool"] == held(served) < served.plan.pool
-    assert 1 <= stats["resizes"]["grown"] <= 8, "by more than is needed at the moment"
+    assert 1 <= stats["resizes"]["grown"] <= 10, "by more than is needed at the moment"
 
 
 def test_a_fixed_pool_stays_as_it_is():
@@ -285,9 +286,10 @@ def test_what_never_fits_in_a_pool_that_cannot_grow_fails_alone(monkeypatch):
         served.add(served.request([1] * 20, params, take))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        while served.has_work:
+        for _ in range(1000):
             served.step()
             served.scheduler.check()
+    assert not served.has_work
     assert isinstance(ends["long"].error, OutOfMemory)
     assert "220 tokens" in str(ends["long"].error) and "96" in str(ends["long"].error)
     assert len(ends["short"].output.token_ids) == 40
