@@ -1,7 +1,8 @@
-// Copies whole blocks within the pools, in place (see write_kv). No block may be a source and a
-// target, or twice a target.
+// Copies whole blocks into the pools, in place (see write_kv): from other arrays of such blocks, or
+// from the pools themselves, where no block may be a source and a target then. No block may be a
+// target twice.
 //
-// in:  k_pool, v_pool, pairs [copies][2] source and target block, ints: copies; after
+// in:  k_from, v_from, k_pool, v_pool, pairs [copies][2] source and target block, ints: copies; after
 // out: fence [8]
 
 constexpr int WORDS = 4;  // of a thread
@@ -21,11 +22,13 @@ const long source = pairs[copy * 2];
 const long target = pairs[copy * 2 + 1];
 uint words[WORDS];
 if (piece < K_PIECES) {
-  device uint* blocks = (device uint*)k_pool;
-  mlxpage::load_words(blocks + (source * K_PIECES + piece) * WORDS, words);
-  mlxpage::store_words(blocks + (target * K_PIECES + piece) * WORDS, words);
+  const long from = source * K_PIECES + piece;
+  const long to = target * K_PIECES + piece;
+  mlxpage::load_words((const device uint*)k_from + from * WORDS, words);
+  mlxpage::store_words((device uint*)k_pool + to * WORDS, words);
 } else {
-  device uint* blocks = (device uint*)v_pool;
-  mlxpage::load_words(blocks + (source * V_PIECES + piece - K_PIECES) * WORDS, words);
-  mlxpage::store_words(blocks + (target * V_PIECES + piece - K_PIECES) * WORDS, words);
+  const long from = source * V_PIECES + piece - K_PIECES;
+  const long to = target * V_PIECES + piece - K_PIECES;
+  mlxpage::load_words((const device uint*)v_from + from * WORDS, words);
+  mlxpage::store_words((device uint*)v_pool + to * WORDS, words);
 }

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from mlxpage.block_store import default_folder
 from mlxpage.errors import InvalidRequest
 from mlxpage.sampling_params import SamplingParams
+from mlxpage.sizes import in_bytes
 
 Prompt = str | list[int]
+_CACHE_DISK = "20GB"
 KVBits = int | tuple[int | None, int | None] | None
 
 
@@ -26,6 +30,8 @@ def check_options(
     kv_bits: KVBits = None,
     num_blocks: int | None = None,
     prefix_cache: bool = True,
+    cache_dir: Any = None,
+    cache_disk: str | int | None = None,
     backend: str | None = None,
     seed: int | None = None,
     trim_after: float | None = None,
@@ -38,6 +44,10 @@ def check_options(
     _check_one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
     kv_bits_pair(kv_bits)
     check_bool("prefix_cache", prefix_cache)
+    if disk_of(cache_dir, cache_disk) and not prefix_cache:
+        raise InvalidRequest(
+            "cache_dir and cache_disk keep the prefix cache on a disk; prefix_cache is False"
+        )
     check_bool("memory_pressure", memory_pressure)
     _seconds("trim_after", trim_after)
     _check_one_of("backend", backend, (None, "metal", "cuda", "reference"))
@@ -64,6 +74,18 @@ def kv_bits_pair(kv_bits: KVBits) -> tuple[int | None, int | None]:
             "for what isn't quantised, or None"
         )
     return pair
+
+
+def disk_of(cache_dir: Any, cache_disk: str | int | None) -> tuple[Path, int] | None:
+    """Folder and limit in bytes of the prefix cache's second tier; None: there is none."""
+    if cache_dir is None and cache_disk is None:
+        return None
+    if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
+        raise InvalidRequest(f"cache_dir is {cache_dir!r:.80}; it must be a folder")
+    limit = None if isinstance(cache_disk, bool) else in_bytes(cache_disk or _CACHE_DISK)
+    if not limit or cache_disk == 0:
+        raise InvalidRequest(f"cache_disk is {cache_disk!r:.80}; write it like '20GB'")
+    return Path(cache_dir or default_folder()).expanduser(), limit
 
 
 def check_bool(name: str, value: Any) -> None:

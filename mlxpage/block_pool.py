@@ -7,7 +7,7 @@ group. Here it is only a number; the arrays behind it live in `kv_cache.py`.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 NULL_BLOCK = 0
@@ -32,6 +32,8 @@ class BlockPool:
         self.limit = num_blocks if limit is None else limit
         self.num_evictions = 0
         """Cached blocks that were handed out again."""
+        self.evicted: list[tuple[int, bytes]] | None = None
+        """They and their keys, if somebody wants to know and takes them away from here."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._references = [0] * (num_blocks + 1)
         self._cached: dict[bytes, int] = {}
@@ -68,7 +70,10 @@ class BlockPool:
         blocks = [take(last=False)[0] for _ in range(count)]
         for block in blocks:
             references[block] = 1
+            key = self._keys.get(block)
             if self.forget(block):
+                if self.evicted is not None:
+                    self.evicted.append((block, key))
                 self.num_evictions += 1
                 self._num_free_cached -= 1
         return blocks
@@ -134,6 +139,14 @@ class BlockPool:
     def forget_all(self) -> None:
         for block in list(self._keys):
             self.forget(block)
+
+    def free_cached(self) -> Iterator[tuple[int, bytes]]:
+        """The cached blocks that nobody uses, with their keys; what is handed out first comes
+        first."""
+        return ((block, self._keys[block]) for block in self._free if block in self._keys)
+
+    def used_cached(self) -> Iterator[tuple[int, bytes]]:
+        return ((block, key) for block, key in self._keys.items() if block not in self._free)
 
     # -- size --
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 
 from mlxpage.block_pool import NULL_BLOCK, BlockPool
 
@@ -97,22 +98,32 @@ class CacheGroup:
             self.pool.free(table[first:unreadable])
             table[first:unreadable] = [NULL_BLOCK] * (unreadable - first)
 
+    def drop(self, table: list[int], count: int) -> None:
+        """Frees the first `count` blocks of a table, wherever some have been given back."""
+        self.pool.free(table[:count])
+        table[:count] = [NULL_BLOCK] * count
+
+    def take_over(self, table: list[int], index: int, block: int) -> None:
+        """Puts a cached block in the place of an empty one of the table's own."""
+        self.pool.share([block])
+        self.pool.free([table[index]])
+        table[index] = block
+
     def first_readable(self, num_computed_tokens: int) -> int:
         """Index of the first block that rows from position `num_computed_tokens` on can read."""
         if self.window is None:
             return 0
         return max(0, num_computed_tokens - self.window + 1) // self.block_size
 
-    def held_prefix(self, keys: list[bytes]) -> int:
-        """The most of the first blocks, by their `keys`, after which a sequence could go on: the
-        pool still has those that their next row can read."""
-        find = self.pool.find
+    def held_prefix(self, keys: list[bytes], holds: Callable[[bytes], bool]) -> int:
+        """The most of the first blocks, by their `keys`, after which a sequence could go on: those
+        that their next row can read are all held."""
         if self.window is None:
-            return next((i for i, key in enumerate(keys) if find(key) is None), len(keys))
+            return next((i for i, key in enumerate(keys) if not holds(key)), len(keys))
         length = len(keys)
         while length:
             needed = range(length - 1, self.first_readable(length * self.block_size) - 1, -1)
-            gap = next((i for i in needed if find(keys[i]) is None), None)
+            gap = next((i for i in needed if not holds(keys[i])), None)
             if gap is None:
                 break
             length = gap  # anything longer reads the gap too

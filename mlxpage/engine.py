@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mlxpage.batch import Batch
+from mlxpage.batch import Batch, loads_of
 from mlxpage.block_pool import BlockPool
+from mlxpage.disk_tier import DiskTier
 from mlxpage.elastic_pool import ElasticPool
 from mlxpage.errors import EngineError, InvalidRequest, MlxpageError, OutOfMemory
 from mlxpage.intake import Intake
@@ -27,6 +28,8 @@ from mlxpage.scheduler import Schedule, Scheduler
 from mlxpage.sequence import Sequence
 from mlxpage.served import Served
 from mlxpage.text import Tokenizer
+
+_STORING_SECONDS = 10.0  # before the pool goes, for what is cached in it
 
 
 @dataclass(slots=True)
@@ -56,7 +59,9 @@ class Engine:
         seed: int | None = None,
         backend: Backend = REFERENCE,
         prefix_cache: bool = True,
+        tier: DiskTier | None = None,
     ):
+        """`tier` is the prefix cache's second one, which is closed with the engine."""
         self.model = model
         self.backend = backend
         self.tokenizer = tokenizer
@@ -66,7 +71,7 @@ class Engine:
             self.pool.groups,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            prefix_cache=PrefixCache(self.pool.groups) if prefix_cache else None,
+            prefix_cache=PrefixCache(self.pool.groups, tier) if prefix_cache else None,
             make_larger=self.pool.grow,
         )
         self._intake = Intake(
@@ -79,6 +84,7 @@ class Engine:
         self.defaults = self._intake.defaults
         self.eos_token_ids = self._intake.eos_token_ids
         self._served = Served(self.scheduler, seed)
+        self._tier = tier
         self._in_flight: list[Started] = []
         """Steps whose results nobody has read yet, oldest first."""
         self._num_steps = 0
@@ -139,7 +145,12 @@ class Engine:
         self._served.end_all(error)
 
     def close(self) -> None:
-        """Gives the memory of weights and pool back."""
+        """Gives the memory of weights and pool back. What is cached goes to the disk before, if
+        there is a tier there and as far as there is time."""
+        if self._tier is not None:
+            self._store_all()
+            self._tier.store.close()
+            self._tier = None
         mx.synchronize()
         self._in_flight.clear()
         if self.model is not None:
@@ -162,8 +173,12 @@ class Engine:
             self._end_what_outgrows()
         schedule = self.scheduler.schedule()
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
+        if self._tier is not None and self.model.cache is not None:
+            self._tier.store_evicted(self.scheduler.prefix_cache, self.model.cache)
         ahead = 0
-        if schedule:
+        if schedule and not schedule.scheduled:
+            self._load(schedule)
+        elif schedule:
             self._served.note_start(schedule)
             try:
                 self._in_flight.append(self._start(schedule))
@@ -200,6 +215,26 @@ class Engine:
         results += self.model.cache.written()
         (mx.async_eval if self.backend.ops.LOOK_AHEAD else mx.eval)(*results)
         return Started(schedule, batch, tokens, chosen, scored)
+
+    def _load(self, schedule: Schedule) -> None:
+        """A step in which blocks are read and nothing is computed."""
+        if self.model.cache is None:
+            self.pool.make_arrays()
+        try:
+            self.model.cache.move([], loads_of(schedule, len(self.pool.groups)))
+            mx.eval(self.model.cache.written())
+        except Exception as error:
+            self._collect_all()
+            self._tier.stop_reading(error)  # or it would be tried again and again
+            self._fail([schedule], error)
+
+    def store_cached(self) -> bool:
+        """Stores some of what only the pool holds, for when there's nothing else to do; True if
+        there is more."""
+        cache = self.model and self.model.cache
+        if self._tier is None or cache is None:
+            return False
+        return self._tier.store_some(self.scheduler.prefix_cache, cache)
 
     # -- results --
 
@@ -311,12 +346,18 @@ class Engine:
         sizes = [min(pair) for pair in zip(sizes, had, strict=True)]
         if sizes == had:
             return 0
+        self._store_all()
         moves = self.scheduler.shrink(sizes)
         try:
             self.pool.shrink(moves)
         except Exception as error:  # nobody's fault: all that was running is computed again
             self._drop_pool(error)
         return before - self.pool.nbytes
+
+    def _store_all(self) -> None:
+        cache = self.model and self.model.cache
+        if self._tier is not None and cache is not None:
+            self._tier.store_within(_STORING_SECONDS, self.scheduler.prefix_cache, cache)
 
     def _end_what_outgrows(self) -> None:
         """Fails what was added when the pool could still grow, and will never fit."""
@@ -375,7 +416,7 @@ class Engine:
             },
         }
 
-    def _prefix_stats(self) -> dict[str, int] | None:
+    def _prefix_stats(self) -> dict[str, Any] | None:
         cache = self.scheduler.prefix_cache
         if cache is None:
             return None
@@ -383,6 +424,8 @@ class Engine:
             "queried_tokens": cache.num_queried_tokens,
             "hit_tokens": cache.num_hit_tokens,
             "evictions": cache.num_evictions,
+            "restored_tokens": cache.num_restored_tokens,
+            "disk": self._tier and self._tier.store.stats(),
         }
 
     def _largest_pool(self) -> BlockPool:

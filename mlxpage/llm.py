@@ -16,6 +16,7 @@ from mlxpage.arguments import (
     check_integer,
     check_options,
     check_streamed,
+    disk_of,
     is_integer,
     is_prompt,
     kv_bits_pair,
@@ -55,6 +56,10 @@ class LLM:
             times the bytes of 16 bits. A pair is for K and V apart, as in (8, 4) or (None, 8).
         prefix_cache: whether blocks keep what they hold after their sequence has ended, until they
             are needed: a prompt that begins alike isn't computed again.
+        cache_dir: a folder for blocks that the pool has no room for, or that are to be found again
+            after a restart: read back, they aren't computed again. None: none, unless `cache_disk`
+            says how much; then a folder in the user's cache.
+        cache_disk: bytes that the folder may take, as in "20GB", which is what None means.
         backend: "metal", "cuda" or "reference". None: MLXPAGE_BACKEND, or the kernels of this
             machine's GPU, which check themselves when the model is loaded. Where they fail, the
             reference serves, and `on_status` or a RuntimeWarning says so.
@@ -85,6 +90,8 @@ class LLM:
         max_num_batched_tokens: int = 512,
         kv_bits: KVBits = None,
         prefix_cache: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_disk: str | int | None = None,
         backend: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
@@ -101,6 +108,8 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_bits=kv_bits,
             prefix_cache=prefix_cache,
+            cache_dir=cache_dir,
+            cache_disk=cache_disk,
             backend=backend,
             dtype=dtype,
             seed=seed,
@@ -130,6 +139,7 @@ class LLM:
                     "max_num_batched_tokens": max_num_batched_tokens,
                 },
                 prefix_cache=prefix_cache,
+                disk=disk_of(cache_dir, cache_disk),
                 dtype=dtype,
                 kv_bits=kv_bits_pair(kv_bits),
                 seed=seed,

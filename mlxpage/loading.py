@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlxpage import disk_tier
+from mlxpage.block_store import BlockStore
 from mlxpage.engine import Engine
 from mlxpage.errors import EngineError
 from mlxpage.metal import choice
 from mlxpage.metal import memory as sizing
 from mlxpage.metal import model as models
+from mlxpage.model_store import fingerprint
 from mlxpage.text import Tokenizer
 
 
@@ -22,6 +25,7 @@ def load_engine(
     sizes: dict[str, Any],
     limits: dict[str, int],
     prefix_cache: bool,
+    disk: tuple[Path, int] | None,
     dtype: str | None,
     kv_bits: tuple[int | None, int | None],
     seed: int | None,
@@ -30,8 +34,9 @@ def load_engine(
     on_status: Callable[[str], None] | None,
     on_loaded: Callable[[int, int], None] | None,
 ) -> Engine:
-    """`sizes` are for the plan alone, `limits` for the engine too. Ends with EngineError when
-    `closing` is set."""
+    """`sizes` are for the plan alone, `limits` for the engine too; `disk` is the folder of the
+    prefix cache's second tier, and its limit in bytes. Ends with EngineError when `closing` is
+    set."""
 
     def on_bytes(done: int, total: int) -> None:
         if closing.is_set():
@@ -49,5 +54,8 @@ def load_engine(
     plan = sizing.plan(loaded, **sizes, **limits)
     served = choice.checked(loaded, sizes["block_size"], backend, on_status)
     tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
-    options = {"defaults": defaults, "seed": seed, "backend": served}
-    return Engine(loaded, tokenizer, plan, prefix_cache=prefix_cache, **options, **limits)
+    options = {"defaults": defaults, "seed": seed, "backend": served, "prefix_cache": prefix_cache}
+    if disk is not None:
+        told = disk_tier.facts(loaded, fingerprint(folder), plan.block_size)
+        options["tier"] = disk_tier.DiskTier(BlockStore(disk[0], told, disk[1]))
+    return Engine(loaded, tokenizer, plan, **options, **limits)

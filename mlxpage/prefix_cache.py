@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
+from itertools import chain, islice
+from typing import Protocol
 
 from mlxpage.block_pool import NULL_BLOCK
 from mlxpage.cache_group import CacheGroup
 from mlxpage.sequence import Sequence
+
+
+class Tier(Protocol):
+    """Where blocks may be found that the pools have handed out again: on a disk, say."""
+
+    def holds(self, group: int, key: bytes) -> bool: ...
+
+    def read(self, group: int, key: bytes) -> memoryview | None:
+        """What the block holds; None if it can't be had after all."""
+
+    def discard(self, group: int, key: bytes) -> None: ...
 
 
 class PrefixCache:
@@ -18,18 +33,27 @@ class PrefixCache:
     nobody finds what was computed under another one. What is cached stays in its place, with the
     sequences that use it or in the free queue, until the pool needs the block.
 
+    Blocks that the pools have handed out again may be found in a second tier, and are read into
+    empty blocks instead of being computed.
+
     Full blocks are shared. The last block of a sequence that has ended, which is not full, is its
     tail: who has the same tokens takes a copy, and goes on in that.
     """
 
-    def __init__(self, groups: list[CacheGroup]):
+    def __init__(self, groups: list[CacheGroup], tier: Tier | None = None):
         assert len({group.block_size for group in groups}) == 1, "a key stands for a block of each"
         self._groups = groups
+        self.tier = tier
+        if tier is not None:
+            for group in groups:
+                group.pool.evicted = []
         self._block_size = groups[0].block_size
         self.num_queried_tokens = 0
         """Of the prompts that were admitted."""
         self.num_hit_tokens = 0
         """Of them, those that were found."""
+        self.num_restored_tokens = 0
+        """Tokens whose K and V came from the second tier."""
 
     @property
     def num_evictions(self) -> int:
@@ -41,18 +65,101 @@ class PrefixCache:
 
         The last token is never part of it: somebody has to compute what comes after it.
         """
-        keys = self._keys(seq, (len(seq.token_ids) - 1) // self._block_size)
-        length, before = len(keys), None
-        while length != before:
-            before = length
-            for group in self._groups:
-                length = group.held_prefix(keys[:length])
+        keys = self._keys_of_match(seq)
+        length = self._longest(keys, lambda index, key: self._has(index, key))
         tables = []
         for group in self._groups:
             first = group.first_readable(length * self._block_size)
             found = [group.pool.find(key) for key in keys[first:length]]
             tables.append([NULL_BLOCK] * first + found)
         return tables
+
+    def match_stored(self, seq: Sequence) -> int:
+        """How many of the first blocks of `seq` a match would have if the second tier's were in the
+        pools."""
+        if self.tier is None:
+            return 0
+        tier = self.tier
+        return self._longest(
+            self._keys_of_match(seq),
+            lambda index, key: self._has(index, key) or tier.holds(index, key),
+        )
+
+    def _keys_of_match(self, seq: Sequence) -> list[bytes]:
+        return self._keys(seq, (len(seq.token_ids) - 1) // self._block_size)
+
+    def _has(self, index: int, key: bytes) -> bool:
+        return self._groups[index].pool.find(key) is not None
+
+    def _longest(self, keys: list[bytes], has: Callable[[int, bytes], bool]) -> int:
+        """The most of the first blocks that all groups have what they need of."""
+        length, before = len(keys), None
+        while length != before:
+            before = length
+            for index, group in enumerate(self._groups):
+                length = group.held_prefix(keys[:length], partial(has, index))
+        return length
+
+    def restore(
+        self, seq: Sequence, first: int, last: int, until: int
+    ) -> tuple[int, list[tuple[int, int, memoryview]]]:
+        """Lets the blocks from `first` to `last` of the tables of `seq`, which are empty, hold what
+        is cached or stored of them, as far as it's needed by a sequence that is going to have its
+        first `until` blocks.
+
+        Returns how many of its first blocks it has then, `last` unless something can't be read, and
+        what has to be loaded: (cache group, block, content).
+        """
+        keys, loads = self._keys(seq, last), {}
+        for index, (group, table) in enumerate(zip(self._groups, seq.block_tables, strict=True)):
+            needed = max(first, group.first_readable(until * self._block_size))
+            for at in range(needed, last):
+                if (block := group.pool.find(keys[at])) is not None:
+                    group.take_over(table, at, block)
+                elif (content := self.tier.read(index, keys[at])) is not None:
+                    loads[at, index] = index, table[at], content
+                else:
+                    last = at
+                    break
+        kept = {place: load for place, load in loads.items() if place[0] < last}
+        self.num_restored_tokens += len({at for at, _ in kept}) * self._block_size
+        return last, list(kept.values())
+
+    def take_evicted(self) -> list[tuple[int, int, bytes]]:
+        """(cache group, block, key) of the full blocks that were handed out again since the last
+        call, and aren't in the second tier: they keep what they hold until the next step."""
+        evicted = []
+        for index, group in enumerate(self._groups):
+            evicted += [(index, block, key) for block, key in group.pool.evicted or ()]
+            if group.pool.evicted:
+                group.pool.evicted = []
+        return [each for each in evicted if self._is_to_be_stored(*each)]
+
+    def next_in_line(self, looked_at: int) -> list[tuple[int, int, bytes]]:
+        """(cache group, block, key) as in `take_evicted`, of the blocks that will be handed out
+        next; so many of each pool are looked at."""
+        return [
+            (index, block, key)
+            for index, group in enumerate(self._groups)
+            for block, key in islice(group.pool.free_cached(), looked_at)
+            if self._is_to_be_stored(index, block, key)
+        ]
+
+    def cached_alone(self) -> list[tuple[int, int, bytes]]:
+        """(cache group, block, key) of the full blocks that only the pools hold, those in use too:
+        once the steps that have been planned are over. Those in use come last, before them what
+        was used last."""
+        return [
+            (index, block, key)
+            for index, group in enumerate(self._groups)
+            for block, key in chain(group.pool.free_cached(), group.pool.used_cached())
+            if self._is_to_be_stored(index, block, key)
+        ]
+
+    def _is_to_be_stored(self, index: int, block: int, key: bytes) -> bool:
+        # Not tails, which are shorter.
+        is_full = len(key) == sha256().digest_size + 4 * self._block_size
+        return is_full and not self.tier.holds(index, key)
 
     def match_tail(self, seq: Sequence) -> tuple[int, list[int]]:
         """How many tokens a cached tail has that go on where the full blocks of `seq` end, and its
@@ -98,10 +205,12 @@ class PrefixCache:
 
     def withdraw(self, seq: Sequence) -> None:
         """Forgets all that was computed of a sequence, whose K and V can't be trusted."""
-        for group in self._groups:
+        for index, group in enumerate(self._groups):
             for key in seq.block_keys:
                 if (block := group.pool.find(key)) is not None:
                     group.pool.forget(block)
+                if self.tier is not None:
+                    self.tier.discard(index, key)
 
     def clear(self) -> None:
         for group in self._groups:

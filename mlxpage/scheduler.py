@@ -46,9 +46,14 @@ class Schedule:
     """Of them, those whose prompt log-probabilities are wanted."""
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     """(cache group, source, target): blocks to copy, in this order, before anything is written."""
+    loads: list[tuple[int, int, memoryview]] = field(default_factory=list)
+    """(cache group, block, content): what to put into blocks, after the copies and before the
+    rows of this step are written."""
+    num_restored_tokens: int = 0
+    """Positions that are found or read instead of computed, by who was admitted to do so."""
 
     def __bool__(self) -> bool:
-        return bool(self.scheduled)
+        return bool(self.scheduled or self.num_restored_tokens)
 
 
 class Scheduler:
@@ -168,6 +173,8 @@ class Scheduler:
         while index < len(running):
             seq = running[index]
             index += 1
+            if not self._restore(seq, schedule):
+                continue
             # One token is kept back for each of those that follow: nobody stands still.
             granted = self._grant(seq, budget - (len(running) - index), schedule)
             if granted and self._make_room(seq, granted, schedule):
@@ -193,6 +200,8 @@ class Scheduler:
             insort(running, seq)
             self._take_tail(seq, schedule)
             self._count_cached(seq)
+            if not self._restore(seq, schedule):
+                continue
             granted = self._grant(seq, budget, schedule)
             self._grow(seq, granted)
             self._plan(schedule, seq, granted)
@@ -283,13 +292,19 @@ class Scheduler:
         seq.block_tables = self.prefix_cache.match(seq)
         for group, table in zip(self.groups, seq.block_tables, strict=True):
             group.pool.share(table)
+        size = self.groups[0].block_size
         seq.num_committed_blocks = len(seq.block_tables[0])
-        seq.num_computed_tokens = seq.num_committed_blocks * self.groups[0].block_size
+        seq.num_computed_tokens = seq.num_committed_blocks * size
+        # What is read is a chunk of whole blocks; pools are sized for chunks that are computed.
+        if self.max_num_batched_tokens >= size:
+            seq.num_stored_tokens = self.prefix_cache.match_stored(seq) * size
 
     def _take_tail(self, seq: Sequence, schedule: Schedule) -> None:
         """Lets `seq` go on in a copy of a cached tail, if there is one. The next block to be handed
         out may be that tail itself: whoever gets it writes after it was copied."""
         if self.prefix_cache is None or seq.is_scored:
+            return
+        if seq.num_stored_tokens > seq.num_computed_tokens:
             return
         num_tokens, sources = self.prefix_cache.match_tail(seq)
         if not num_tokens:
@@ -299,6 +314,48 @@ class Scheduler:
             schedule.copies.append((index, source, table[-1]))
         seq.num_computed_tokens += num_tokens
         self._give_back(seq)
+
+    def _restore(self, seq: Sequence, schedule: Schedule) -> bool:
+        """Reads what is stored of the next tokens of `seq`, at most as many as a step computes, in
+        blocks of its own. False if it can't compute anything in this step: there is more to read,
+        or it had to give its blocks up."""
+        left = seq.num_stored_tokens - seq.num_computed_tokens
+        if left <= 0:
+            return True
+        size = self.groups[0].block_size
+        count = min(left, self.max_num_batched_tokens - schedule.num_restored_tokens) // size
+        if count == 0 or not self._make_room(seq, count * size, schedule):
+            return False
+        first, until = seq.num_computed_tokens // size, seq.num_stored_tokens // size
+        last, loads = self.prefix_cache.restore(seq, first, first + count, until)
+        if last < first + count:
+            seq.num_stored_tokens = last * size
+            self._truncate(seq, last)
+            if self._has_windows:  # a shorter prefix needs what wasn't read, or is given up already
+                self._release(seq)
+                self._take_cached(seq)
+                self._count_restored(seq)
+                return seq.num_computed_tokens >= seq.num_stored_tokens
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
+            group.drop(table, min(last, group.first_readable(until * size)))
+        schedule.loads += loads
+        schedule.num_restored_tokens += (last - first) * size
+        seq.num_computed_tokens = last * size
+        self._commit(seq)
+        self._count_restored(seq)
+        return seq.num_computed_tokens >= seq.num_stored_tokens
+
+    def _truncate(self, seq: Sequence, count: int) -> None:
+        """Gives back the blocks after the first `count`."""
+        for group, table in zip(self.groups, seq.block_tables, strict=True):
+            group.pool.free(table[count:])
+            del table[count:]
+
+    def _count_restored(self, seq: Sequence) -> None:
+        if seq.num_preemptions == 0:
+            cached = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+            self.prefix_cache.num_hit_tokens += cached - seq.num_cached_tokens
+            seq.num_cached_tokens = cached
 
     def _still_has_no_room(self, seq: Sequence) -> bool:
         """Whether `seq` was refused before and nothing has changed for it: to look for a long
@@ -426,7 +483,7 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         for group, table in zip(self.groups, seq.block_tables, strict=True):
             group.release(table)
-        seq.num_computed_tokens = seq.num_committed_blocks = 0
+        seq.num_computed_tokens = seq.num_committed_blocks = seq.num_stored_tokens = 0
 
     def _fits(self, seq: Sequence) -> bool:
         """Whether `seq` can be admitted and everyone, with it, can grow for a while.

@@ -36,6 +36,7 @@ class Sequence:
         "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_stored_tokens",
         "num_tokens",
         "params",
         "priority",
@@ -69,6 +70,9 @@ class Sequence:
         """Positions whose K and V are in the pool, or will be once the planned step has run."""
         self.num_cached_tokens = 0
         """Of the prompt, those whose K and V were found when it was first admitted."""
+        self.num_stored_tokens = 0
+        """Its first tokens whose K and V are in the pool or in the second tier, as it was admitted:
+        up to there they are read instead of computed."""
         self.num_pending = 0
         self.num_preemptions = 0
         self.block_tables: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""What an engine does between steps for the machine that it runs on: gives memory back."""
+"""What an engine does between steps: stores what is cached, and gives memory back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from mlxpage.engine import Engine
 
 PRESSURE_SECONDS = 1.0  # how often memory pressure is looked at
+STORE_AFTER = 1.0  # seconds without work, before what is cached is stored
 
 
 class Upkeep:
-    """Trims an idle engine, and any engine when memory gets short."""
+    """Lets an idle engine store what is cached and trims it, and any engine when memory gets
+    short."""
 
     def __init__(
         self,
@@ -29,27 +31,41 @@ class Upkeep:
         self._pressure = pressure
         self._clock = clock
         self._idle_since: float | None = None
-        self._is_trimmed = False
+        self._is_trimmed = self._is_stored = False
         self._looked_at = -PRESSURE_SECONDS
         self._level = NORMAL
 
     def run(self, engine: Engine) -> float | None:
         """Does what is due. Returns the seconds after which something will be if nothing happens
         until then, None for never."""
-        if self._trim_after is None and self._pressure is None:
-            return None
         now = self._clock()
         waits = [self._when_idle(engine, now), self._under_pressure(engine, now)]
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def _when_idle(self, engine: Engine, now: float) -> float | None:
-        if self._trim_after is None or engine.has_work:
+        if engine.has_work:
             self._idle_since = None
             return None
         if self._idle_since is None:
-            self._idle_since, self._is_trimmed = now, False
+            self._idle_since, self._is_trimmed, self._is_stored = now, False, False
+        waits = [self._store(engine, now), self._trim(engine, now)]
+        return min((seconds for seconds in waits if seconds is not None), default=None)
+
+    def _store(self, engine: Engine, now: float) -> float | None:
+        if self._is_stored:
+            return None
+        left = self._idle_since + STORE_AFTER - now
+        if left <= 0:
+            # Some at a time: a request may come between.
+            self._is_stored = not engine.store_cached()
+            left = None if self._is_stored else 0.0
+        return left
+
+    def _trim(self, engine: Engine, now: float) -> float | None:
+        if self._trim_after is None or self._is_trimmed:
+            return None
         left = self._idle_since + self._trim_after - now
-        if left <= 0 and not self._is_trimmed:
+        if left <= 0:
             engine.trim()
             self._is_trimmed = True
         return None if self._is_trimmed else left

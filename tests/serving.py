@@ -3,6 +3,8 @@
 import functools
 from dataclasses import replace
 
+from mlxpage.block_store import BlockStore
+from mlxpage.disk_tier import DiskTier, facts
 from mlxpage.engine import Engine
 from mlxpage.metal import choice, memory
 from mlxpage.sampling_params import SamplingParams
@@ -38,11 +40,16 @@ def engine(
     block_size=16,
     backend=choice.REFERENCE,
     prefix_cache=True,
+    tier=None,
     **limits,
 ) -> Engine:
     plan = memory.plan(model, num_blocks=num_blocks, block_size=block_size, **limits)
-    options = {"seed": 0, "backend": backend, "prefix_cache": prefix_cache}
+    options = {"seed": 0, "backend": backend, "prefix_cache": prefix_cache, "tier": tier}
     return Engine(model, tokenizer or ByteTokenizer(), plan, **options, **limits)
+
+
+def disk_tier(folder, model, *, block_size=16, limit=10**9, name="a model") -> DiskTier:
+    return DiskTier(BlockStore(folder, facts(model, name, block_size), limit))
 
 
 def elastic_engine(model, *, start, num_blocks, backend=choice.REFERENCE, **limits) -> Engine:

@@ -29,6 +29,7 @@ MODULES = {
         "elastic_pool",
         "memory_pressure",
         "upkeep",
+        "disk_tier",
         "engine",
         "loading",
         "engine_thread",

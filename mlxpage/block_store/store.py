@@ -135,6 +135,17 @@ class BlockStore:
         with self._changed:
             return path in self._queue or self._has_file(path)
 
+    def discard(self, key: bytes) -> None:
+        """Takes a block away, whose content has proved wrong."""
+        path = self._path(key)
+        with self._changed:
+            if (queued := self._queue.pop(path, None)) is not None:
+                self._queued_bytes -= len(queued[1])
+            if self._files is not None and path in self._files:
+                self._forget(path)
+        with suppress(OSError):
+            folders.remove(path)
+
     def flush(self) -> None:
         """Waits until everything put so far is on the disk."""
         with self._changed:

@@ -197,17 +197,47 @@ class KVCache:
             self._backend.Step(rows, tables, self.block_size, window)
             for tables, window in zip(rows.block_tables, self.windows, strict=True)
         ]
-        if rows.copies:
-            self._copy(rows.copies)
+        self.move(rows.copies, rows.loads)
 
-    def _copy(self, copies: list[np.ndarray]) -> None:
-        """One layer after the other, so that what comes after the last comes after all."""
+    def move(self, copies: list[np.ndarray], loads: list[list[tuple[int, memoryview]]]) -> None:
+        """Copies blocks, then loads others, as in `Rows`. One layer after the other, so that what
+        comes after the last comes after all."""
         after = self._forward.after
         for layer in self.layers:
-            if len(pairs := copies[layer.group]):
+            if copies and len(pairs := copies[layer.group]):
                 after = layer.pool.copy(pairs, after)
-        if after is not None:
+        for group, each in enumerate(loads):
+            if each:
+                after = self._load(group, each, after)
+        if after is not None and (copies or loads):
             self._forward.after = mx.concatenate([after[:8]] * (_AFTER // 8))
+
+    def _load(self, group: int, loads: list[tuple[int, memoryview]], after: mx.array | None):
+        blocks = np.array([block for block, _ in loads])
+        contents = np.stack([np.frombuffer(content, np.uint8) for _, content in loads])
+        start = 0
+        for pool in self._pools(group):
+            k, v = pool.block_nbytes()
+            middle, end = start + k, start + k + v
+            held = pool.as_blocks(contents[:, start:middle], contents[:, middle:end])
+            after = pool.load(blocks, held, after)
+            start = end
+        return after
+
+    def read(self, group: int, blocks: list[int]) -> list[memoryview]:
+        """What `blocks` hold of all layers of a cache group: K and V of a layer after the other,
+        as they lie in the pools. Waits for what is being computed."""
+        mx.synchronize()
+        which = mx.array(blocks, mx.int32)
+        parts = [part for pool in self._pools(group) for part in pool.read(which)]
+        return [memoryview(content) for content in np.concatenate(parts, axis=1)]
+
+    def block_nbytes(self, group: int) -> int:
+        """Bytes of a block of all layers of a cache group: of what `read` gives for it."""
+        return sum(sum(pool.block_nbytes()) for pool in self._pools(group))
+
+    def _pools(self, group: int) -> list:
+        return [layer.pool for layer in self.layers if layer.group == group]
 
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""

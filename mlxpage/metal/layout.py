@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -120,6 +121,9 @@ class Rows:
     sample_rows: np.ndarray  # (R,) rows whose logits are wanted
     copies: list[np.ndarray] = field(default_factory=list)
     """Per cache group (C, 2): blocks that are copied, in order, before a row is written."""
+    loads: list[list[tuple[int, memoryview]]] = field(default_factory=list)
+    """Per cache group: blocks, and what they then hold, as `KVCache.read` gave it; after the
+    copies, before a row is written."""
 
     @property
     def num_decoding(self) -> int:
@@ -225,6 +229,25 @@ class Pool:
         mx.clear_cache()  # or MLX would keep the old array for another use
         self.fill(self.k, _resized(self.v, num_blocks + 1, moves))
         mx.clear_cache()
+
+    def block_nbytes(self) -> list[int]:
+        """Of the K and of the V of a block."""
+        return [pool.nbytes // len(pool) for pool in (self.k, self.v)]
+
+    def read(self, blocks: mx.array) -> Iterator[np.ndarray]:
+        """K, then V of `blocks` (B,) as they are, (B, bytes of a block) uint8. Nothing may be
+        computed with the pools meanwhile."""
+        for pool in (self.k, self.v):
+            taken = mx.take(pool, blocks, axis=0).reshape(len(blocks), -1)
+            yield np.array(taken.view(mx.uint8))
+
+    def as_blocks(self, k: np.ndarray, v: np.ndarray) -> Blocks:
+        """What `read` gave, as arrays."""
+        arrays = [
+            mx.array(data).view(pool.dtype).reshape(len(data), *pool.shape[1:])
+            for data, pool in ((k, self.k), (v, self.v))
+        ]
+        return Blocks(*arrays, self.kind)
 
 
 def _resized(array: mx.array, length: int, moves: list[tuple[int, int]]) -> mx.array:

@@ -405,6 +405,12 @@ class Pool(layout.Pool):
         self.k, self.v = copy_blocks(self.k, pairs), copy_blocks(self.v, pairs)
         return after
 
+    def load(self, blocks: np.ndarray, contents: Blocks, after: mx.array | None) -> mx.array | None:
+        """Makes `contents` what `blocks` (B,) hold."""
+        where = mx.array(blocks)
+        self.k[where], self.v[where] = contents.k, contents.v
+        return after
+
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
         """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
         kv_heads = self.kind.kv_heads

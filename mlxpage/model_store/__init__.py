@@ -6,12 +6,14 @@ check_folder(folder) -> config refuses damaged and unsafe folders before anythin
 
 from mlxpage.model_store.check import check_folder, generation_defaults, read_config
 from mlxpage.model_store.demo_models import DEMO_MODELS, cache_dir
+from mlxpage.model_store.fingerprint import fingerprint
 from mlxpage.model_store.lookup import resolve
 
 __all__ = [
     "DEMO_MODELS",
     "cache_dir",
     "check_folder",
+    "fingerprint",
     "generation_defaults",
     "read_config",
     "resolve",

@@ -8,6 +8,7 @@ an engine without a prefix cache, but where the two best logits lie within round
 
 import functools
 import random
+import tempfile
 from dataclasses import replace
 
 import oracle
@@ -73,25 +74,40 @@ class Case:
         }
         # How often a step is followed by a trim, of cached blocks too or not.
         self.resizes = rng.choice([0, 0.03, 0.3])
+        # Whether there is a disk, and each wave is served by another engine over it.
+        self.has_disk, self.restarts = rng.choice([(False, False), (True, False), (True, True)])
         self.rng = rng
 
-    def serve(self, model, *, prefix_cache: bool):
-        limits = self.limits if prefix_cache else {"num_blocks": 64}
-        engine = serving.engine(
-            model, block_size=self.block_size, prefix_cache=prefix_cache, **limits
-        )
-        n = self.n if prefix_cache else 1
-        params = SamplingParams(temperature=0, max_tokens=self.new, logprobs=2, n=n)
-        on_step = None
-        if prefix_cache and self.resizes:
+    def alone(self, model):
+        """Without a cache, in a pool that holds everything."""
+        engine = serving.engine(model, num_blocks=64, prefix_cache=False)
+        params = SamplingParams(temperature=0, max_tokens=self.new, logprobs=2)
+        return [out for wave in self.waves for out in serving.serve(engine, wave, params)]
+
+    def serve(self, model):
+        """The outputs, and the engines that gave them."""
+        params = SamplingParams(temperature=0, max_tokens=self.new, logprobs=2, n=self.n)
+        engines, outputs = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            for wave in self.waves:
+                if not engines or self.restarts:
+                    engines.append(self.engine(model, folder))
+                on_step = self.maybe_trim if self.resizes else None
+                outputs += serving.serve(engines[-1], wave, params, on_step=on_step)
+                if self.restarts:
+                    engines[-1].store_cached()
+                    engines[-1]._tier.store.close()
+            if self.has_disk:
+                engines[-1]._tier.store.close()
+        return engines, outputs
+
+    def engine(self, model, folder: str):
+        options = {"block_size": self.block_size}
+        tier = serving.disk_tier(folder, model, **options) if self.has_disk else None
+        engine = serving.engine(model, tier=tier, **options, **self.limits)
+        if self.resizes:
             make_elastic(engine)
-            on_step = self.maybe_trim
-        outputs = [
-            out
-            for wave in self.waves
-            for out in serving.serve(engine, wave, params, on_step=on_step)
-        ]
-        return engine, outputs
+        return engine
 
     def maybe_trim(self, engine) -> None:
         if self.rng.random() < self.resizes:
@@ -107,25 +123,27 @@ def make_elastic(engine) -> None:
 
 
 def compare(model, text, seeds, *, longest=90, most_new=60) -> None:
-    found = evicted = preempted = resized = 0
+    found = evicted = preempted = resized = restored = 0
     for seed in seeds:
         case = Case(seed, text, longest, most_new)
-        _, alone = case.serve(model, prefix_cache=False)
-        expected = [as_greedy(output) for output in alone]
-        engine, outputs = case.serve(model, prefix_cache=True)
+        expected = [as_greedy(output) for output in case.alone(model)]
+        engines, outputs = case.serve(model)
         comparison = oracle.compare(
             [choice for output in outputs for choice in (output, *output.choices)],
             [greedy for greedy in expected for _ in range(case.n)],
         )
         assert not comparison.wrong, f"case {seed}: {comparison}"
         assert comparison.logprob_error < LOGPROB_ERROR, f"case {seed}: {comparison}"
-        cache = engine.scheduler.prefix_cache
+        caches = [engine.scheduler.prefix_cache for engine in engines]
+        hits = sum(cache.num_hit_tokens for cache in caches)
         if case.n == 1:
-            assert sum(output.num_cached_tokens for output in outputs) == cache.num_hit_tokens
-        found += cache.num_hit_tokens
-        evicted += cache.num_evictions
-        preempted += engine.scheduler.num_preemptions
-        resized += min(engine.stats()["resizes"].values())
+            assert sum(output.num_cached_tokens for output in outputs) == hits
+        found += hits
+        evicted += sum(cache.num_evictions for cache in caches)
+        restored += sum(cache.num_restored_tokens for cache in caches)
+        preempted += sum(engine.scheduler.num_preemptions for engine in engines)
+        resized += sum(min(engine.stats()["resizes"].values()) for engine in engines)
+    assert restored >= 16 * len(seeds), "nothing comes from the disk"
     assert found and evicted and (preempted or len(seeds) < 20), "the cases test nothing"
     assert resized >= len(seeds), "and resize nothing"
 

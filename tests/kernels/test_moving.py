@@ -131,6 +131,21 @@ def test_copied_blocks_are_the_same_and_the_others_are_as_they_were(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, bits", SHAPES, ids=str)
+def test_blocks_of_other_arrays_are_copied_into_a_pool(shape, bits, dtype, thread_order):
+    rng = np.random.default_rng(1)
+    blocks = random_blocks(rng, shape, bits, dtype)
+    others = random_blocks(rng, shape, bits, dtype, num_blocks=2)
+    expected = [np.array(paging.contents(pool)) for pool in blocks[:2]]
+    for pool, other in zip(expected, others[:2], strict=True):
+        pool[[12, 5, 1]] = paging.contents(other)
+    pairs = np.array([(0, 12), (1, 5), (2, 1)], np.int32)
+    mx.eval(kernels.copy_blocks(blocks, pairs, mx.zeros(8), others))
+    for pool, then in zip(blocks[:2], expected, strict=True):
+        assert np.array_equal(paging.contents(pool), then)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_elements_that_are_all_alike_are_kept(bits, dtype):
     blocks = random_blocks(np.random.default_rng(0), (1, 64, 64, 16), (bits, bits), dtype)

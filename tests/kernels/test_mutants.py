@@ -88,7 +88,7 @@ MUTANTS = [
     (WRITE, "const int kv_head = index / PIECES % KV_HEADS;", "const int kv_head = index / PIECES % (KV_HEADS + 1);"),
     (GATHER, "const int column = exists ? position / BLOCK_SIZE : 0;", "const int column = position / BLOCK_SIZE + 1;"),
     (GATHER, "if (sequence >= ints[2]) {", "if (sequence > ints[2]) {"),
-    (COPY, "blocks + (source * V_PIECES + piece - K_PIECES) * WORDS", "blocks + (source * K_PIECES + piece - K_PIECES) * WORDS"),
+    (COPY, "const long from = source * V_PIECES + piece - K_PIECES;", "const long from = source * K_PIECES + piece - K_PIECES;"),
     (COPY, "if (copy >= ints[0]) {", "if (copy > ints[0]) {"),
     (COMMON, "words[3] = v.w;", "words[3] = v.z;"),
     (COMMON, "to[0] = as_type<float>(word << 16);", "to[0] = as_type<float>(word << 15);"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import Request, World
+from world import Request, Shelf, World
 
 from mlxpage.cache_group import CacheGroup
 from mlxpage.prefix_cache import PrefixCache
@@ -48,6 +48,7 @@ class Load:
     arrivals: list[tuple[int, Request]]  # by step
     aborts: list[tuple[int, int, bool]]  # step, which request, after planning
     branches: list[tuple[int, int]]  # step, which request
+    breaks: float | None = None  # of what is read from a second tier; None: there is none
     start: float = 1  # what each pool has at first, of what it may have
     trims: list[tuple[int, bool]] = field(default_factory=list)  # step, cached ones too
     limits: list[tuple[int, float]] = field(default_factory=list)  # step, share of the first ones
@@ -106,7 +107,7 @@ def serve(load: Load) -> World:
         groups,
         max_num_seqs=load.max_num_seqs,
         max_num_batched_tokens=load.max_num_batched_tokens,
-        prefix_cache=PrefixCache(groups) if load.prefix_cache else None,
+        prefix_cache=PrefixCache(groups, shelf(load)) if load.prefix_cache else None,
         make_larger=lambda *wanted: world.make_larger(*wanted),
     )
     world = World(scheduler, load.depth)
@@ -140,6 +141,11 @@ def serve(load: Load) -> World:
     return world
 
 
+def shelf(load: Load) -> Shelf | None:
+    rng = random.Random(len(load.arrivals))
+    return None if load.breaks is None else Shelf(lambda: rng.random() < load.breaks)
+
+
 def continued(world: World, request: Request) -> Request:
     """The next turn of a conversation, if the request wants to be one, there is one that has ended
     with the same salt, and it isn't too long."""
@@ -156,6 +162,35 @@ def abort(world: World, load: Load, step: int, after_planning: bool) -> None:
     for when, number, after in load.aborts:
         if when == step and after == after_planning and number < len(world.sequences):
             world.abort(world.sequences[number])
+
+
+@pytest.mark.parametrize("count", counts(300))
+def test_what_was_handed_out_again_is_read_where_it_is_stored(count):
+    read = broken = preempted = 0
+
+    @st.composite
+    def loads_with_a_shelf(draw):
+        drawn = replace(
+            draw(elastic_loads() if draw(st.booleans()) else loads()),
+            breaks=draw(st.sampled_from([0, 0, 0.05, 0.3])),
+            prefix_cache=True,
+        )
+        # Blocks of groups that share a prefix cache are of one size.
+        size = drawn.groups[0][0]
+        return replace(drawn, groups=[(size, *rest) for _, *rest in drawn.groups])
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=count == 300)
+    @given(loads_with_a_shelf())
+    def check(load):
+        nonlocal read, broken, preempted
+        world = serve(load)
+        read += world.shelf.num_read
+        broken += world.shelf.num_broken
+        preempted += world.scheduler.num_preemptions
+
+    check()
+    print(f"{read} blocks read, {broken} not to be read, {preempted} preemptions")
+    assert min(read, preempted) > count and broken > count / 10, "the loads test nothing"
 
 
 @st.composite

@@ -6,6 +6,7 @@ on its token and all before it. Every claim about a plan is asserted while it ru
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mlxpage.cache_group import CacheGroup
@@ -69,6 +70,30 @@ class Request:
         )
 
 
+class Shelf:
+    """A second tier: what the blocks held that were handed out again. `breaks` says each time
+    whether something can't be read after all, and is gone."""
+
+    def __init__(self, breaks: Callable[[], bool] = lambda: False):
+        self.blocks: dict[tuple[int, bytes], list[int]] = {}
+        self.breaks = breaks
+        self.num_read = self.num_broken = 0
+
+    def holds(self, group: int, key: bytes) -> bool:
+        return (group, key) in self.blocks
+
+    def read(self, group: int, key: bytes) -> list[int] | None:
+        if (group, key) in self.blocks and self.breaks():
+            self.num_broken += 1
+            del self.blocks[group, key]
+        content = self.blocks.get((group, key))
+        self.num_read += content is not None
+        return content
+
+    def discard(self, group: int, key: bytes) -> None:
+        self.blocks.pop((group, key), None)
+
+
 class World:
     """`depth` steps are planned before the tokens of the first of them are known."""
 
@@ -93,6 +118,8 @@ class World:
         self.num_steps = 0
         self.num_computed = self.num_recomputed = 0
         self.furthest: dict[int, int] = {}
+        cache = scheduler.prefix_cache
+        self.shelf: Shelf | None = cache and cache.tier
 
     # -- the engine's part --
 
@@ -218,6 +245,10 @@ class World:
         before = list(self.scheduler.running)
         plan = self.scheduler.schedule()
         self.num_steps += 1
+        if self.shelf:
+            cache = self.scheduler.prefix_cache
+            for index, block, key in [*cache.take_evicted(), *cache.next_in_line(3)]:
+                self.shelf.blocks[index, key] = list(self.memory[index][block])
         self.scheduler.check()
         self.check_plan(plan, before)
         self.compute(plan)
@@ -226,6 +257,8 @@ class World:
             self.in_flight.append(plan)
         else:
             stuck = self.scheduler.has_work and not self.in_flight and not self.refuses_to_grow
+            # What couldn't be read after all is looked for again.
+            stuck = stuck and not any(map(self.is_reading, self.scheduler.running))
             assert not stuck, "nothing will ever happen again"
         return plan
 
@@ -276,12 +309,13 @@ class World:
         assert len(set(parts)) == len(parts), "a sequence has two parts"
 
         done = {id for id in running if self.is_planned_to_its_end(self.sequences[id])}
-        branched = running - set(parts) - done - {seq.id for seq in before}
+        reading = {seq.id for seq in scheduler.running if self.is_reading(seq)}
+        branched = running - set(parts) - done - reading - {seq.id for seq in before}
         assert all(self.parents[id].id in parts for id in branched), "nobody branched off here"
         preempted = {seq.id for seq in plan.preempted}
         stayed = {seq.id for seq in before} - preempted
         admitted = running - stayed
-        assert set(parts) == running - done - branched, "each running sequence advances"
+        assert set(parts) == running - done - branched - reading, "each running sequence advances"
         assert stayed <= running and preempted <= {seq.id for seq in before}
         assert not (preempted and admitted), "admitted into room that was just taken"
         for id in preempted:
@@ -293,6 +327,10 @@ class World:
             if seq.id in self.parents and self.parents[seq.id].id in parts:
                 continue  # it came when the others had been admitted
             assert all(self.place(other) < self.place(seq.id) for other in admitted), "overtaken"
+
+    @staticmethod
+    def is_reading(seq: Sequence) -> bool:
+        return seq.num_stored_tokens > seq.num_computed_tokens
 
     def place(self, id: int) -> tuple[int, int]:
         return (self.requests[id].priority, id)
@@ -306,6 +344,9 @@ class World:
             assert self.scheduler.groups[index].pool.num_owners(target), "a copy that nobody has"
             self.memory[index][target] = list(self.memory[index][source])
             self.num_copies += 1
+        for index, block, content in plan.loads:
+            assert self.scheduler.groups[index].pool.num_owners(block), "read for nobody"
+            self.memory[index][block] = list(content)
         for index, group in enumerate(self.scheduler.groups):
             writers: dict[int, int] = {}
             for part in plan.scheduled:
@@ -404,8 +445,8 @@ class World:
         for seq in self.scheduler.running:
             for group, table in zip(self.scheduler.groups, seq.block_tables, strict=True):
                 held = sum(block != 0 for block in table)
-                # A fork that has just branched off will compute its last token.
-                tokens = self.num_fed.get(self.life(seq), len(seq.token_ids) - 1)
+                # Who hasn't computed anything yet has branched off, or is reading what is stored.
+                tokens = self.num_fed.get(self.life(seq), seq.num_computed_tokens)
                 assert len(table) == -(-tokens // group.block_size)
                 if group.window is not None and seq.id in chunks:
                     read = group.window - 1 + chunks[seq.id]

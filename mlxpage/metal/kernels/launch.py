@@ -44,7 +44,7 @@ def to_cuda(text: str) -> str:
 _SIGNATURES = {
     "write_kv": ("k, v, k_pool, v_pool, slots, ints, after", "fence"),
     "gather_blocks": ("k_pool, v_pool, block_tables, lengths, ints, fence", "k, v"),
-    "copy_blocks": ("k_pool, v_pool, pairs, ints, after", "fence"),
+    "copy_blocks": ("k_from, v_from, k_pool, v_pool, pairs, ints, after", "fence"),
     "paged_attention": (
         "q, k, v, k_pool, v_pool, block_tables, work, ints, floats, sinks, after",
         "out, stats",

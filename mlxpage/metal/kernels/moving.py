@@ -106,14 +106,21 @@ def _gather_launch(sequences: int, positions: int, kind: PoolKind) -> Launch:
 _COPIED_WORDS = 4  # of a thread
 
 
-def copy_blocks(blocks: Blocks, pairs: np.ndarray, after: mx.array) -> mx.array:
-    """Copies blocks within a pool, in place; returns a fence, as `write` does.
+def copy_blocks(
+    blocks: Blocks, pairs: np.ndarray, after: mx.array, source: Blocks | None = None
+) -> mx.array:
+    """Copies blocks within a pool, or into it from the arrays of `source`, in place; returns a
+    fence, as `write` does.
 
-    `pairs` (copies, 2) int32 are sources and targets. No block may be a source and a target, or
-    a target twice.
+    `pairs` (copies, 2) int32 are sources and targets. No block may be a source and a target of the
+    same pool, or a target twice.
     """
+    source = source or blocks
     template = pool_template(blocks.kind)
     words = template["KV_HEADS"] * (template["K_HEAD"] + template["V_HEAD"])
     pieces = len(pairs) * words // _COPIED_WORDS
     launch = one_thread_a_piece("copy_blocks", template, pieces, ((LEAST,), mx.int32))
-    return launch(blocks.k, blocks.v, padded(pairs), ints(len(pairs)), after)[0]
+    return launch(
+        *(source.k, source.v, blocks.k, blocks.v),
+        *(padded(pairs), ints(len(pairs)), after),
+    )[0]

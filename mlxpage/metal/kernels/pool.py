@@ -156,6 +156,13 @@ class Pool(layout.Pool):
         self.fence = fence
         return fence
 
+    def load(self, blocks: np.ndarray, contents: Blocks, after: mx.array | None) -> mx.array:
+        """Makes `contents` what `blocks` (B,) hold, after `after`; returns what comes after it."""
+        pairs = np.stack([np.arange(len(blocks)), blocks], axis=1).astype(np.int32)
+        fence = self.fence if after is None else after
+        self.fence = copy_blocks(self._blocks, pairs, fence, contents)
+        return self.fence
+
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
         """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
         rows, width = step.row_tables.shape
