@@ -31,10 +31,9 @@ def measure(model: str, pieces: list[list[int]], kv_bits, memory) -> tuple[np.nd
         start = time.perf_counter()
         outputs = llm.generate(pieces, params)
         seconds = time.perf_counter() - start
-        # A block more than are handed out is there.
-        slots = (llm.stats()["blocks"]["total"] + 1) * llm.plan.block_size
+        nbytes = sum(spec.bytes_per_token for spec in llm._engine.model.specs)
         found = [entry.logprob for output in outputs for entry in output.prompt_logprobs[1:]]
-        return np.array(found), llm.plan.pool // slots, seconds
+        return np.array(found), nbytes, seconds
 
 
 def text_pieces(model: str, count: int, length: int) -> list[list[int]]:

@@ -195,12 +195,15 @@ METAL_FUNC void quantise(const device T* group, device uint* codes, device uint*
   constexpr float MOST = float((1u << BITS % 32) - 1u);
   float low = float(group[0]);
   float high = low;
+  float broken = low * 0.0f;  // what isn't finite leaves none of the group finite
 #pragma unroll 4
   for (int i = 1; i < GROUP; i++) {
-    low = min(low, float(group[i]));
-    high = max(high, float(group[i]));
+    const float element = float(group[i]);
+    low = min(low, element);
+    high = max(high, element);
+    broken += element * 0.0f;
   }
-  const S bias = S(low);
+  const S bias = S(low + broken);
   const S scale = S(max((high - low) / MOST, 1e-7f));
   side[0] = pack_pair(scale, bias);
 #pragma unroll 4

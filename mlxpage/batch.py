@@ -65,8 +65,7 @@ class Batch:
                 for group in range(len(parts[0].seq.block_tables))
             ],
             sample_rows=np.array([*sample_rows, *(row for _, _, row in scoring)], np.int32),
-            copies=_copies(schedule),
-            loads=loads_of(schedule, len(parts[0].seq.block_tables)),
+            copies=copies_of(schedule, len(parts[0].seq.block_tables)),
         )
         sampling = [part.seq for part in sampled]
         choices = _choices(sampled, rows)
@@ -109,23 +108,14 @@ def _scored_positions(part: Scheduled) -> range:
     return range(part.start + 1, min(end, part.seq.num_prompt_tokens))
 
 
-def _copies(schedule: Schedule) -> list[np.ndarray]:
+def copies_of(schedule: Schedule, num_groups: int) -> list[np.ndarray]:
     """Per cache group, if there are any."""
     if not schedule.copies:
         return []
-    groups = range(len(schedule.scheduled[0].seq.block_tables))
-    pairs = [[copy[1:] for copy in schedule.copies if copy[0] == group] for group in groups]
-    return [np.array(each, np.int32).reshape(-1, 2) for each in pairs]
-
-
-def loads_of(schedule: Schedule, num_groups: int) -> list[list[tuple[int, memoryview]]]:
-    """Per cache group, if there are any, as `Rows` has them."""
-    if not schedule.loads:
-        return []
-    return [
-        [(block, content) for index, block, content in schedule.loads if index == group]
-        for group in range(num_groups)
+    pairs = [
+        [copy[1:] for copy in schedule.copies if copy[0] == group] for group in range(num_groups)
     ]
+    return [np.array(each, np.int32).reshape(-1, 2) for each in pairs]
 
 
 def _padded(tables: list[list[int]]) -> np.ndarray:

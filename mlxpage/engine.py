@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mlxpage.batch import Batch, loads_of
+from mlxpage.batch import Batch, copies_of
 from mlxpage.block_pool import BlockPool
 from mlxpage.disk_tier import DiskTier
 from mlxpage.elastic_pool import ElasticPool
@@ -176,9 +176,8 @@ class Engine:
         if self._tier is not None and self.model.cache is not None:
             self._tier.store_evicted(self.scheduler.prefix_cache, self.model.cache)
         ahead = 0
-        if schedule and not schedule.scheduled:
-            self._load(schedule)
-        elif schedule:
+        loaded = not schedule.loads or self._load(schedule)
+        if schedule.scheduled and loaded:
             self._served.note_start(schedule)
             try:
                 self._in_flight.append(self._start(schedule))
@@ -216,17 +215,25 @@ class Engine:
         (mx.async_eval if self.backend.ops.LOOK_AHEAD else mx.eval)(*results)
         return Started(schedule, batch, tokens, chosen, scored)
 
-    def _load(self, schedule: Schedule) -> None:
-        """A step in which blocks are read and nothing is computed."""
+    def _load(self, schedule: Schedule) -> bool:
+        """Puts what was read from the disk into the pool, after the copies of the plan, which come
+        first. If that can't be, nothing is read any more and everybody computes again; False."""
         if self.model.cache is None:
             self.pool.make_arrays()
+        cache, groups = self.model.cache, len(self.pool.groups)
         try:
-            self.model.cache.move([], loads_of(schedule, len(self.pool.groups)))
-            mx.eval(self.model.cache.written())
+            cache.copy(copies_of(schedule, groups))
+            schedule.copies.clear()
+            for group in range(groups):
+                loads = [load[1:] for load in schedule.loads if load[0] == group]
+                if loads:
+                    cache.load(group, *zip(*loads, strict=True))
         except Exception as error:
             self._collect_all()
-            self._tier.stop_reading(error)  # or it would be tried again and again
-            self._fail([schedule], error)
+            self._tier.stop_reading(error)
+            self._drop_pool(error)
+            return False
+        return True
 
     def store_cached(self) -> bool:
         """Stores some of what only the pool holds, for when there's nothing else to do; True if
@@ -265,6 +272,10 @@ class Engine:
         for seq, token in self.scheduler.update(started.schedule, tokens):
             self._served.take_token(seq, token, now)
 
+    @property
+    def _is_quantised(self) -> bool:
+        return any(spec.k_bits or spec.v_bits for spec in self.model.specs)
+
     def _fail_broken(self, sampling: list[Sequence], tokens: list[int]) -> None:
         """Fails the requests that got no token because their logits were not finite."""
         for seq, token in zip(sampling, tokens, strict=True):
@@ -273,7 +284,8 @@ class Engine:
                 error = EngineError(
                     f"the model's logits are not finite after {len(seq.token_ids):,} tokens; "
                     f"computed in {dtype}. Its numbers may pass that type's range: try "
-                    "dtype='bfloat16' or 'float32'."
+                    "dtype='bfloat16' or 'float32'"
+                    + (", or leave kv_bits out." if self._is_quantised else ".")
                 )
                 for choice in request.choices:
                     self.scheduler.withdraw(choice.seq)

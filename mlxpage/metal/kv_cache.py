@@ -197,32 +197,34 @@ class KVCache:
             self._backend.Step(rows, tables, self.block_size, window)
             for tables, window in zip(rows.block_tables, self.windows, strict=True)
         ]
-        self.move(rows.copies, rows.loads)
+        self.copy(rows.copies)
 
-    def move(self, copies: list[np.ndarray], loads: list[list[tuple[int, memoryview]]]) -> None:
-        """Copies blocks, then loads others, as in `Rows`. One layer after the other, so that what
-        comes after the last comes after all."""
+    def copy(self, copies: list[np.ndarray]) -> None:
+        """Copies blocks, as in `Rows`."""
+        # One layer after the other, so that what comes after the last comes after all.
         after = self._forward.after
         for layer in self.layers:
             if copies and len(pairs := copies[layer.group]):
                 after = layer.pool.copy(pairs, after)
-        for group, each in enumerate(loads):
-            if each:
-                after = self._load(group, each, after)
-        if after is not None and (copies or loads):
-            self._forward.after = mx.concatenate([after[:8]] * (_AFTER // 8))
+        self._go_on_after(after)
 
-    def _load(self, group: int, loads: list[tuple[int, memoryview]], after: mx.array | None):
-        blocks = np.array([block for block, _ in loads])
-        contents = np.stack([np.frombuffer(content, np.uint8) for _, content in loads])
-        start = 0
+    def load(self, group: int, blocks: list[int], contents: list[memoryview]) -> None:
+        """Makes blocks of a cache group hold `contents`, one each, as `read` gave them. Evaluates
+        it, a layer at a time."""
+        rows = np.stack([np.frombuffer(content, np.uint8) for content in contents])
+        after, start = self._forward.after, 0
         for pool in self._pools(group):
             k, v = pool.block_nbytes()
             middle, end = start + k, start + k + v
-            held = pool.as_blocks(contents[:, start:middle], contents[:, middle:end])
-            after = pool.load(blocks, held, after)
+            held = pool.as_blocks(rows[:, start:middle], rows[:, middle:end])
+            after = pool.load(np.array(blocks), held, after)
+            mx.eval(pool.written())
             start = end
-        return after
+        self._go_on_after(after)
+
+    def _go_on_after(self, after: mx.array | None) -> None:
+        if after is not None and after is not self._forward.after:
+            self._forward.after = mx.concatenate([after[:8]] * (_AFTER // 8))
 
     def read(self, group: int, blocks: list[int]) -> list[memoryview]:
         """What `blocks` hold of all layers of a cache group: K and V of a layer after the other,
@@ -293,7 +295,7 @@ class KVCache:
 
     def take(self, after: mx.array) -> None:
         """Takes what a compiled forward has come to: it comes after all writes as well, for each
-        of its rows is written by the attention that reads it."""
+        of its rows is written by the attention that reads it, or before that."""
         self._forward.after = after
         for layer in self.layers:
             layer.pool.fence = after

@@ -90,7 +90,8 @@ class LayerSpec:
             if bits and size % 32:
                 raise UnsupportedModel(
                     f"{name} has heads of {size} elements, which is no multiple of 32: they can't "
-                    "be quantised in groups of 64 or 32. Leave kv_bits out."
+                    "be quantised in groups of 64 or 32. Leave kv_bits out, or give it for the "
+                    "other one alone."
                 )
         return replace(self, k_bits=k_bits, v_bits=v_bits)
 
@@ -121,9 +122,6 @@ class Rows:
     sample_rows: np.ndarray  # (R,) rows whose logits are wanted
     copies: list[np.ndarray] = field(default_factory=list)
     """Per cache group (C, 2): blocks that are copied, in order, before a row is written."""
-    loads: list[list[tuple[int, memoryview]]] = field(default_factory=list)
-    """Per cache group: blocks, and what they then hold, as `KVCache.read` gave it; after the
-    copies, before a row is written."""
 
     @property
     def num_decoding(self) -> int:

@@ -29,6 +29,8 @@ _LOGIT_COPIES = 12
 _PROMPT_LOGIT_COPIES = 4
 _PIECES_AT_ONCE = 18
 _LAYERS_AT_ONCE = 3
+# Of an element, while `mx.dequantize` makes it of a code on a CPU.
+_UNPACKING_BYTES = 10
 # Rows of a step whose prompt log-probabilities are asked for, beside one of each sequence.
 _SCORED_ROWS = 64
 
@@ -222,6 +224,14 @@ def _largest_buffer(specs: list[LayerSpec], num_blocks: list[int], block_size: i
     )
 
 
+def _gathered_bytes(spec: LayerSpec) -> int:
+    """Of a position: K and V as they were, and on a CPU what the codes of one of them become on
+    their way."""
+    plain = spec.quantised(None, None).bytes_per_token
+    codes = max(part.head_dim if part.bits else 0 for part in (spec.k, spec.v))
+    return plain + (spec.kv_heads * codes * _UNPACKING_BYTES if device().kind == "cpu" else 0)
+
+
 def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """An upper estimate of what one step allocates beside weights and a pool of `tokens`.
 
@@ -244,7 +254,6 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
     logits = logit_rows * model.vocab_size * 4
     scores = heads * rows * context * _LAYERS_AT_ONCE
     scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES) * 4
-    # Quantised blocks are gathered as they were.
-    layer = max(spec.quantised(None, None).bytes_per_token for spec in model.specs)
+    layer = max(_gathered_bytes(spec) for spec in model.specs)
     gathered = layer * (_LAYERS_AT_ONCE * context + min(tokens, max_num_seqs * context))
     return activations + logits + scores + gathered

@@ -292,9 +292,19 @@ def paged_attention(
                 continue
             if span.tables is not chunk:
                 indices = span.head_indices(blocks.kind.kv_heads)
-                chunk, k, v = span.tables, *gather(blocks, indices)
+                chunk, k, v = span.tables, *_gather_to_read(blocks, indices)
             outputs.append(_attend_piece(rows, k, v, span, scale, sinks))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _gather_to_read(blocks, indices):
+    k, v = gather(blocks, indices)
+    if blocks.kind.is_quantised:
+        # Unpacking takes several times the memory of its result: not for K, V and other layers at
+        # once.
+        for array in (k, v):
+            mx.eval(array)
+    return k, v
 
 
 def _attend_piece(q, k, v, span, scale, sinks):
@@ -311,7 +321,7 @@ def _decode(q, blocks, span, scale, sinks):
     if all_float32 and mx.default_device() == mx.cpu:
         return _decode_where_blocks_lie(q, blocks.k, blocks.v, span, scale, sinks)
     rows, heads, _ = q.shape
-    k, v = gather(blocks, span.head_indices(blocks.kind.kv_heads))
+    k, v = _gather_to_read(blocks, span.head_indices(blocks.kind.kv_heads))
     out = dense_attention(q[:, :, None], k, v, scale=scale, mask=span.mask, sinks=sinks)
     return out.reshape(rows, heads, -1)
 

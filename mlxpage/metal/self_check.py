@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +36,8 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
     takes the same prompt in one or in two forwards. Windows of up to 64 positions are passed.
 
     All that is in a pool that isn't quantised. If the model's are, kernels have to come as near to
-    what the reference makes of such a pool as that is to the logits without quantising.
+    what the reference makes of such a pool as that is to the logits without quantising, and leave
+    the same codes in it, or those beside them.
 
     Raises:
         UnsupportedModel: the model can't be run over a pool.
@@ -57,10 +59,10 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
     with _refusing(f"{model.family} can't compute tokens of several positions at once"):
         model.fetches = False
         plain = [spec.quantised(None, None) for spec in model.specs]
-        paged = _paged(model, plain, prompts, block_size, backend, rng)
+        paged = _paged(model, plain, prompts, block_size, backend, rng).logits
         if not all(np.isfinite(logits).all() for logits in paged):
             model.fetches = True  # it reads the K and V that most models only hand on
-            paged = _paged(model, plain, prompts, block_size, backend, rng)
+            paged = _paged(model, plain, prompts, block_size, backend, rng).logits
 
     scale = max(np.abs(logits).max() for logits in dense)
     if noise > _MOST_NOISE * scale:
@@ -75,8 +77,11 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
             _paged(model, model.specs, prompts, block_size, each, rng)
             for each in (backend, reference)
         )
-        allowed += max(np.abs(a - b).max() for a, b in zip(theirs, paged, strict=True))
-        _compare(f"{model.family} computes otherwise over quantised blocks", ours, theirs, allowed)
+        pairs = zip(theirs.logits, paged, strict=True)
+        allowed += max(np.abs(a - b).max() for a, b in pairs)
+        what = f"{model.family} computes otherwise over quantised blocks"
+        _compare(what, ours.logits, theirs.logits, allowed)
+        _compare_held(model.specs, ours.held(prompts), theirs.held(prompts))
 
 
 def _compare(what: str, ours: list[np.ndarray], theirs: list[np.ndarray], allowed: float) -> None:
@@ -86,6 +91,24 @@ def _compare(what: str, ours: list[np.ndarray], theirs: list[np.ndarray], allowe
             raise UnsupportedModel(
                 f"{what}: logits of prompt {number} differ by {difference:.2g}, where "
                 f"{allowed:.2g} is rounding"
+            )
+
+
+# Codes that two ways to compute the same may differ by, after some layers.
+_MOST_CODES = 3
+
+
+def _compare_held(specs: list[LayerSpec], ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    """K and V of all layers, as the pools hold them."""
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        spec = specs[number // 2]
+        coarsest = min(bits for bits in (spec.k_bits, spec.v_bits) if bits)
+        allowed = _MOST_CODES / (2**coarsest - 1) * np.abs(b).max()
+        difference = np.abs(a - b).max()
+        if not difference <= allowed:
+            raise UnsupportedModel(
+                f"{'KV'[number % 2]} of layer {number // 2} is written otherwise than the "
+                f"reference does: it differs by {difference:.2g}, where {allowed:.2g} is rounding"
             )
 
 
@@ -115,6 +138,30 @@ def _dense(model: Model, *chunks: np.ndarray) -> np.ndarray:
     return np.array(logits[0, -1].astype(mx.float32))
 
 
+class _Paged(NamedTuple):
+    """What a model has computed over a pool: logits (vocab,) after each prompt."""
+
+    logits: list[np.ndarray]
+    cache: KVCache
+    tables: list[list[int]]
+
+    def held(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
+        """K and V of each layer, of all positions: (positions, kv_heads, head_dim) each."""
+        size = self.cache.block_size
+        places = [
+            (n, t)
+            for prompt, t in zip(prompts, self.tables, strict=True)
+            for n in range(len(prompt))
+        ]
+        blocks = np.array([table[n // size] for n, table in places])
+        offsets = np.array([n % size for n, _ in places])
+        return [
+            np.array(rows.astype(mx.float32))
+            for layer in self.cache.layers
+            for rows in _written(layer.pool, blocks, offsets)
+        ]
+
+
 def _paged(
     model: Model,
     specs: list[LayerSpec],
@@ -122,7 +169,7 @@ def _paged(
     block_size: int,
     backend: ModuleType,
     rng,
-) -> list[np.ndarray]:
+) -> _Paged:
     num_blocks = sum(-(-len(prompt) // block_size) for prompt in prompts)
     groups = windows(specs)
     sizes = [num_blocks] * len(groups), block_size
@@ -145,7 +192,7 @@ def _paged(
             mx.eval(logits, cache.written())
             if step == 0:
                 _check_every_layer_attends(model)
-        return list(np.array(logits.astype(mx.float32)))
+        return _Paged(list(np.array(logits.astype(mx.float32))), cache, tables)
     finally:
         model.bind(previous)
 

@@ -20,6 +20,7 @@ from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels import chunks, launch, pool
 from mlxpage.metal.kernels.work import RunCost
 from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layout import Rows
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
@@ -134,7 +135,7 @@ def test_the_kernels_pass_their_check_over_quantised_blocks(bits):
     "file, old, new",
     [
         ("common.h", "v.y = scale_and_bias[1] - v.x;", "v.y = scale_and_bias[1];"),
-        ("common.h", "low = min(low, float(group[i]));", ""),
+        ("common.h", "low = min(low, element);", ""),
         ("paged_attention.metal", "added[j][piece] += V_CODES ? weight * by[piece].y : 0.0f;", ""),
     ],
 )
@@ -242,8 +243,47 @@ def test_metadata_that_is_made_while_a_function_is_compiled_is_an_error():
     model.cache.put(known, tracing=True)
     with pytest.raises(RuntimeError, match="attends otherwise than it did before"):
         step.work(3, RunCost(1, 1, 1))
+    with pytest.raises(RuntimeError, match="written otherwise than they were before"):
+        step.slots(0)
     model.cache.put(known)
     step.work(3, RunCost(1, 1, 1))
+
+
+def test_a_compiled_step_over_quantised_blocks_writes_its_own_rows(monkeypatch):
+    """Whatever is made while a function is compiled stays what it is. In the kernels' place stands
+    plain MLX, which `mx.compile` takes on a CPU too: slots become fences, and fences results."""
+
+    def write(k, v, blocks, slots, after):
+        return slots[:8] + 0 * after[:8]
+
+    def paged_attention(q, blocks, work, after, **_):
+        return q * 0 + after[:1].astype(q.dtype).reshape(1, 1, 1, 1), after
+
+    monkeypatch.setattr(pool, "write", write)
+    monkeypatch.setattr(pool, "paged_attention", paged_attention)
+    found = []
+    for compiles in (True, False):
+        monkeypatch.setattr(kernels, "COMPILES", compiles)
+        model = tiny_models.make("llama", head_dim=32)
+        model.quantise_cache(8, 8)
+        model.fetches = False
+        model.bind(KVCache(model.specs, [8], 16, kernels, fetches=False))
+        steps = []
+        for position in range(1, 7):
+            logits = model(one_row(position))
+            mx.eval(logits, model.cache.written())
+            steps.append(logits.tolist())
+        assert bool(model._compiled._functions) == compiles
+        found.append(steps)
+    assert found[0] == found[1]
+    assert len({str(logits) for logits in found[1]}) == 6
+
+
+def one_row(position: int) -> Rows:
+    """The only sequence's next token, in block 3."""
+    arrays = [1], [position], [0, 1], [position + 1]
+    tables = [np.array([[3]], np.int32)]
+    return Rows(*(np.array(array, np.int32) for array in arrays), tables, np.array([0], np.int32))
 
 
 def test_v_of_another_type_than_k_is_written_in_the_pools():

@@ -98,7 +98,7 @@ MUTANTS = [
     (COMMON, "const int right = (i + 1) * BITS - 23;", "const int right = i * BITS - 23 + 8;"),
     (COMMON, "v.y = scale_and_bias[1] - v.x;", "v.y = scale_and_bias[1];"),
     (COMMON, "share.sides[piece] = head[", "share.sides[0] = head["),
-    (COMMON, "high = max(high, float(group[i]));", ""),
+    (COMMON, "high = max(high, element);", ""),
     (COMMON, "for (int i = 1; i < GROUP; i++) {", "for (int i = 1; i < GROUP - 1; i++) {"),
     (COMMON, "return uint(as_type<ushort>(low)) | uint(as_type<ushort>(high)) << 16;", "return uint(as_type<ushort>(high)) | uint(as_type<ushort>(low)) << 16;"),
     (COMMON, "min(max(rint(code), 0.0f), MOST)", "min(max(code, 0.0f), MOST)"),

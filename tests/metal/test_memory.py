@@ -9,6 +9,7 @@ import odd_models
 import prose
 import pytest
 import serving
+import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -289,6 +290,20 @@ def test_a_run_stays_in_its_plan(family, vocab):
             model, None, prompts, params, num_blocks=100, max_num_seqs=8, max_num_batched_tokens=64
         )
         assert 0 < beside <= plan.scratch
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_what_is_gathered_of_quantised_blocks_stays_in_the_plan(bits, dtype):
+    """Small rows, much K and V of them."""
+    size = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128}
+    model = tiny_models.make("llama", dtype=dtype, max_position_embeddings=1024, **size, **heads)
+    model.quantise_cache(bits, bits)
+    params = SamplingParams(temperature=0, max_tokens=3, n=8)
+    limits = {"num_blocks": 260, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    beside, plan = measured(model, None, [[1] * 450], params, **limits)
+    assert 0 < beside <= plan.scratch
 
 
 def test_many_rows_to_sample_stay_in_their_plan():

@@ -47,6 +47,7 @@ class Step(layout.Step):
     def slots(self, first: int) -> mx.array:
         """(T - first or more,) where the rows from `first` on are written to."""
         if first not in self._slots:
+            self._refuse_when_traced("rows are written otherwise than they were before")
             blocks, positions = self.write_blocks[first:], self.rows.positions[first:]
             slots = blocks * self.block_size + positions % self.block_size
             self._slots[first] = padded(slots.astype(np.int32))
@@ -55,17 +56,22 @@ class Step(layout.Step):
     def prepare(self, kind: PoolKind, attention: Attention) -> None:
         """Makes the metadata that layers with such pools will take, which attend so."""
         self.work(attention.window, run_cost(kind, attention.heads))
+        if kind.is_quantised:
+            self.slots(0)
 
     def signature(self) -> tuple:
         """What is fixed in a compiled forward."""
         tables = self.tables.shape
-        return tables, *((key, work[:4]) for key, work in self._work.items())
+        return tables, *self._slots, *((key, work[:4]) for key, work in self._work.items())
 
     def inputs(self) -> list[mx.array]:
-        return [a for work in self._work.values() for a in (*work.inputs, *work.merge_inputs)]
+        works = self._work.values()
+        return [*self._slots.values(), *(a for w in works for a in (*w.inputs, *w.merge_inputs))]
 
     def put(self, inputs: Iterator[mx.array]) -> None:
         """Puts others in the place of `inputs`."""
+        for first in self._slots:
+            self._slots[first] = next(inputs)
         for key, work in self._work.items():
             self._work[key] = work._replace(
                 inputs=[next(inputs) for _ in work.inputs],
@@ -76,8 +82,7 @@ class Step(layout.Step):
         """Of the sequences with a single row."""
         key = window, cost
         if key not in self._work:
-            if self.is_traced:
-                raise RuntimeError("a layer attends otherwise than it did before")
+            self._refuse_when_traced("a layer attends otherwise than it did before")
             count, rows = self.rows.num_decoding, self.rows
             self._work[key] = plan_work(
                 rows.starts[: count + 1],
@@ -88,6 +93,10 @@ class Step(layout.Step):
                 self.run_length,
             )
         return self._work[key]
+
+    def _refuse_when_traced(self, why: str) -> None:
+        if self.is_traced:
+            raise RuntimeError(why)
 
     def chunks(self, window: int | None, most_scores: int) -> list[Chunk]:
         """Of the others."""
