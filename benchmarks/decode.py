@@ -4,6 +4,7 @@ Why: a decode step of a large model reads its weights once, so it should take as
 it takes longer is the host's: building the graph, dispatching it, scheduling and sampling.
 
     python benchmarks/decode.py [--batches 1 8 32 64] [--context 1000] [--steps 160] [--profile]
+        [--kv-bits 8]
 
 The model has the shape of Llama 3 8B and random weights in bfloat16. Arms, in one process: this
 engine through `Engine.step`; mlx-lm's own caches, as its generation loop drives them; and the same
@@ -279,11 +280,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kv-bits", type=int, choices=(8, 4), help="of this engine's pool")
     args = parser.parse_args()
     model = make_model(args.layers)
+    model.quantise_cache(args.kv_bits, args.kv_bits)
     backend = choice.checked(model, 16, None, print)
     record = {"device": device().name, "mlx": mx.__version__, "backend": backend.why}
-    record |= {"context": args.context, "layers": args.layers, "batches": {}}
+    record |= {"context": args.context, "layers": args.layers, "kv_bits": args.kv_bits}
+    record["batches"] = {}
     print(f"{device().name}, MLX {mx.__version__}, {model.nbytes / 1e9:.1f} GB of weights")
     for batch in args.batches:
         shape = batch, args.context, args.steps

@@ -123,6 +123,26 @@ def test_the_kernels_serve_the_tokens_of_the_reference_over_quantised_blocks(fam
     assert sum(same) >= len(same) - 1
 
 
+@pytest.mark.parametrize("bits", [(None, None), (8, 4)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_blocks_come_back_from_a_disk_into_the_kernels_pools(tmp_path, family, bits):
+    outputs = []
+    for _ in range(2):
+        model = tiny_models.make(family, head_dim=32)
+        model.quantise_cache(*bits)
+        model.fetches = False
+        tier = serving.disk_tier(tmp_path, model)
+        served = serving.engine(model, backend=ON_KERNELS, tier=tier, num_blocks=9, **LIMITS)
+        outputs.append(
+            serving.serve(served, prompts(), SamplingParams(temperature=0, max_tokens=6))
+        )
+        served._store_all()
+        served._tier.store.close()
+    assert served.scheduler.prefix_cache.num_restored_tokens >= 96
+    assert served.stats()["failed_steps"] == 0
+    assert [o.token_ids for o in outputs[0]] == [o.token_ids for o in outputs[1]]
+
+
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4)], ids=str)
 def test_the_kernels_pass_their_check_over_quantised_blocks(bits):
     model = tiny_models.make("gemma3_text", head_dim=32)
