@@ -24,7 +24,7 @@ from mlxpage.outputs import StreamEvent, TokenLogprobs
 from mlxpage.prefix_cache import PrefixCache
 from mlxpage.request import Request
 from mlxpage.sampling_params import SamplingParams
-from mlxpage.scheduler import Schedule, Scheduler
+from mlxpage.scheduler import Schedule, Scheduler, least_length
 from mlxpage.sequence import Sequence
 from mlxpage.served import Served
 from mlxpage.text import Tokenizer
@@ -344,9 +344,13 @@ class Engine:
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.scheduler.max_num_batched_tokens,
         )
-        self.scheduler.set_limits(plan.num_blocks)
+        self._set_limits(plan.num_blocks)
         self.plan = plan
         self._shrink(plan.num_blocks)
+
+    def _set_limits(self, limits: list[int]) -> None:
+        for seq in self.scheduler.set_limits(limits):
+            self._served.take_end(seq)
 
     def _check_open(self) -> None:
         if self.model is None:
@@ -379,12 +383,12 @@ class Engine:
             if request := self._served.request_of(seq):
                 longest = self.scheduler.max_tokens_of_a_sequence()
                 error = OutOfMemory(
-                    f"the request may need {seq.max_length:,} tokens; the pool could not grow, and "
-                    f"holds a sequence of at most {longest:,}. Free memory on this machine and "
+                    f"the request may need {least_length(seq):,} tokens; the pool could not grow, "
+                    f"and holds a sequence of at most {longest:,}. Free memory on this machine and "
                     "call set_memory, or ask for less."
                 )
                 self._served.end(request, error)
-        self.scheduler.set_limits(limits)
+        self._set_limits(limits)
 
     # -- facts --
 

@@ -58,7 +58,7 @@ class Intake:
             choices.append(self._choice(index, seq))
         first, *others = (choice.seq for choice in choices)
         first.forks = others
-        self._scheduler.check_capacity(first)
+        self._scheduler.limit_length(first)
         return Request(params, choices, on_event)
 
     def fork(
@@ -109,17 +109,15 @@ class Intake:
         }
 
     def _max_length(self, prompt: int, max_tokens: int | None) -> int:
-        """Prompt and output together: as asked, but no longer than the model's context; if nothing
-        was asked, no longer than the pool either."""
+        """Prompt and output together: as asked, but no longer than the model's context. The
+        scheduler lets what nobody has limited end where the pool does."""
         context = self._context_length
         if prompt >= context:
             raise InvalidRequest(
                 f"the prompt has {prompt:,} tokens; the model's context of {context:,} must hold "
                 f"it and at least one more. Shorten the prompt."
             )
-        if max_tokens is not None:
-            return min(prompt + max_tokens, context)
-        return max(prompt + 1, min(context, self._scheduler.max_tokens_of_a_sequence()))
+        return context if max_tokens is None else min(prompt + max_tokens, context)
 
     def _choice(self, index: int, seq: Sequence) -> Choice:
         params = seq.params

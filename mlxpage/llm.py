@@ -365,7 +365,8 @@ class LLM:
 
         A pool that is larger than the new budget allows shrinks at once: what is cached goes first,
         longest unused before others, then the newest generations are interrupted, to be computed
-        again later. Those without `max_tokens` may end earlier.
+        again later. Those without `max_tokens` may end earlier, or at once if they're longer than
+        the new pool.
 
         Raises InvalidRequest for what is no size, if a request could never end in the new pool, or
         if `num_blocks` was given; OutOfMemory if weights and a usable pool don't fit. Then nothing

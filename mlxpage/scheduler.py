@@ -127,22 +127,27 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queues a sequence. Raises `InvalidRequest` if the pools can never hold it."""
-        self.check_capacity(seq)
+        self.limit_length(seq)
         for each in (seq, *seq.forks):
             each.block_tables = [[] for _ in self.groups]
         heapq.heappush(self.waiting, seq)
 
-    def check_capacity(self, seq: Sequence) -> None:
-        """Raises `InvalidRequest` if the pools can never hold `seq`. Safe from any thread."""
-        for group in self.groups:
+    def limit_length(self, seq: Sequence) -> None:
+        """Lets `seq` and its forks end where the pools do, if they have no `max_tokens`. Raises
+        `InvalidRequest` if the pools can never hold `seq`. Safe from any thread before it's added.
+        """
+        limits = self.limits  # once: another thread may change them
+        longest = self.max_tokens_of_a_sequence(limits)
+        for each in (seq, *seq.forks):
+            _shorten(each, longest)
+        for group, limit in zip(self.groups, limits, strict=True):
             need = group.blocks_for(seq.max_length, self.max_num_batched_tokens)
-            if need > group.pool.limit:
-                capacity = self.max_tokens_of_a_sequence()
+            if need > limit:
                 raise InvalidRequest(
                     f"the prompt's {seq.num_prompt_tokens:,} tokens and up to "
                     f"{seq.max_length - seq.num_prompt_tokens:,} new ones need {need:,} blocks of "
-                    f"{group.block_size} tokens; the pool holds {group.pool.limit:,} (a "
-                    f"sequence of at most {capacity:,} tokens). Shorten the prompt, lower "
+                    f"{group.block_size} tokens; the pool holds {limit:,} (a "
+                    f"sequence of at most {longest:,} tokens). Shorten the prompt, lower "
                     f"max_tokens, or give the pool more (memory or num_blocks)."
                 )
 
@@ -237,7 +242,7 @@ class Scheduler:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Adds `child`, whose tokens `parent` has or had, on the blocks of `parent` where it can.
         Raises as `add` does."""
-        self.check_capacity(child)
+        self.limit_length(child)
         self._start_fork(parent, child)
 
     def _start_fork(self, parent: Sequence, child: Sequence) -> None:
@@ -521,27 +526,31 @@ class Scheduler:
 
     # -- size --
 
-    def set_limits(self, limits: list[int]) -> None:
+    def set_limits(self, limits: list[int]) -> list[Sequence]:
         """Lets each group's pool have so many blocks; one that is larger has to `shrink` now.
 
-        What was added without `max_tokens` ends where the new pools do. Raises InvalidRequest, and
-        changes nothing, if a sequence could never end in them.
+        What was added without `max_tokens` ends where the new pools do. Returns the sequences that
+        are that long already: they have ended. Raises InvalidRequest, and changes nothing, if a
+        sequence could never end in the new pools.
         """
-        if outgrowing := self.outgrowing(limits):
-            seq = outgrowing[0]
-            longest = self.max_tokens_of_a_sequence(limits)
-            raise InvalidRequest(
-                f"a request needs room for {self._least_length(seq):,} tokens; the pool would hold "
-                f"a sequence of at most {longest:,}. Give it more, or try again when the request "
-                "has ended, or abort it."
-            )
         longest = self.max_tokens_of_a_sequence(limits)
-        for seq in self._unfinished():
-            if seq.params.max_tokens is None:
-                seq.max_length = min(seq.max_length, longest)
+        if outgrowing := self.outgrowing(limits):
+            raise InvalidRequest(
+                f"a request needs room for {least_length(outgrowing[0]):,} tokens; the pool would "
+                f"hold a sequence of at most {longest:,}. Give it more, or try again when the "
+                "request has ended, or abort it."
+            )
+        ended = []
+        for seq in list(self._unfinished()):
+            if seq.params.max_tokens is None and len(seq.token_ids) >= longest:
+                self.finish(seq, "length")
+                ended.append(seq)
+            else:
+                _shorten(seq, longest)
         for group, limit in zip(self.groups, limits, strict=True):
             group.pool.limit = limit
         self._refused = ()
+        return ended
 
     def outgrowing(self, limits: list[int]) -> list[Sequence]:
         """The sequences that could never end in pools of such `limits`."""
@@ -549,16 +558,10 @@ class Scheduler:
             seq
             for seq in self._unfinished()
             if any(
-                group.blocks_for(self._least_length(seq), self.max_num_batched_tokens) > limit
+                group.blocks_for(least_length(seq), self.max_num_batched_tokens) > limit
                 for group, limit in zip(self.groups, limits, strict=True)
             )
         ]
-
-    def _least_length(self, seq: Sequence) -> int:
-        """The length without which `seq` isn't what was asked for."""
-        if seq.params.max_tokens is not None:
-            return seq.max_length
-        return min(seq.max_length, max(seq.num_tokens, seq.num_prompt_tokens + 1))
 
     def _unfinished(self) -> Iterator[Sequence]:
         for seq in (*self.running, *self.waiting):
@@ -633,3 +636,17 @@ class Scheduler:
         for index, group in enumerate(self.groups):
             tables = [seq.block_tables[index] for seq in sequences]
             group.pool.check(tables)
+
+
+def least_length(seq: Sequence) -> int:
+    """The room without which `seq` isn't what was asked for. Without `max_tokens` that is a token
+    of output; who has one may end at any time."""
+    if seq.params.max_tokens is not None:
+        return seq.max_length
+    return 0 if seq.num_output_tokens else seq.num_prompt_tokens + 1
+
+
+def _shorten(seq: Sequence, longest: int) -> None:
+    """Lets `seq` end where the pools do, but not before its next token, if it may end there."""
+    if seq.params.max_tokens is None:
+        seq.max_length = min(seq.max_length, max(longest, len(seq.token_ids) + 1))

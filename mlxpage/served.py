@@ -83,6 +83,12 @@ class Served:
             choice.text += text
             request.on_event(StreamEvent(text, [token], choice=choice.index))
 
+    def take_end(self, seq: Sequence) -> None:
+        """Hands out that `seq` has ended without another token."""
+        request, choice = self._find_choice(seq)
+        if choice is not None:
+            self._finish(request, choice, seq.finish_reason)
+
     def end(self, request: Request, error: MlxpageError | None = None) -> None:
         """Ends a request before its time, with what it has so far."""
         for choice in request.choices:

@@ -235,6 +235,48 @@ def test_a_request_without_max_tokens_ends_where_the_smaller_pool_does():
     assert 100 + len(events[-1].output.token_ids) == longest < 400
 
 
+@pytest.mark.parametrize("look_ahead", [0, 1])
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_a_request_without_max_tokens_that_is_too_long_for_a_smaller_pool_ends_at_once(
+    monkeypatch, beyond, look_ahead
+):
+    monkeypatch.setattr(reference, "LOOK_AHEAD", look_ahead)
+    served = engine(tiny("llama"), max_num_seqs=4, max_num_batched_tokens=64)
+    small = budget(served, 20)
+    longest = memory.plan(
+        served.model, memory=small, max_num_seqs=4, max_num_batched_tokens=64
+    ).tokens
+    events = []
+    request = served.request([1] * 100, SamplingParams(temperature=0, n=2), events.append)
+    served.add(request)
+    while len(request.choices[1].seq.token_ids) < longest + beyond:
+        served.step()
+    served.set_memory(small)
+    for _ in range(5):
+        served.step()
+        served.scheduler.check()
+    assert not served.has_work
+    assert [event.finish_reason for event in events if event.finish_reason] == ["length"] * 2
+    output = events[-1].output
+    for choice, each in enumerate([output, *output.choices]):
+        told = [token for event in events if event.choice == choice for token in event.token_ids]
+        assert told == each.token_ids
+        assert longest <= 100 + len(each.token_ids) <= longest + max(1, beyond + 1)
+
+
+def test_a_request_made_before_the_pool_got_smaller_can_be_added_after():
+    served = engine(tiny("llama"), max_num_seqs=4, max_num_batched_tokens=64)
+    events = []
+    request = served.request([1] * 30, SamplingParams(temperature=0, n=2), events.append)
+    served.set_memory(budget(served, 20))
+    served.add(request)
+    longest = served.scheduler.max_tokens_of_a_sequence()
+    for _ in range(2 * longest):
+        served.step()
+    assert not served.has_work
+    assert len(events[-1].output.token_ids) == longest - 30
+
+
 def test_a_closed_engine_says_so():
     served = engine(tiny_models.make("llama"))
     served.close()
@@ -295,6 +337,23 @@ def test_what_never_fits_in_a_pool_that_cannot_grow_fails_alone(monkeypatch):
     assert "220 tokens" in str(ends["long"].error) and "96" in str(ends["long"].error)
     assert len(ends["short"].output.token_ids) == 40
     assert len(ends["open"].output.token_ids) == 76
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1])
+def test_a_request_without_max_tokens_ends_where_the_pool_that_cannot_grow_does(
+    monkeypatch, look_ahead
+):
+    monkeypatch.setattr(reference, "LOOK_AHEAD", look_ahead)
+    served = engine(tiny("llama"), max_num_seqs=4, max_num_batched_tokens=64)
+    fail_once(monkeypatch, 0)
+    events = []
+    served.add(served.request([1] * 100, SamplingParams(temperature=0), events.append))
+    with pytest.warns(RuntimeWarning, match="can't grow"):
+        for _ in range(200):
+            served.step()
+    assert not served.has_work
+    assert (events[-1].finish_reason, events[-1].error) == ("length", None)
+    assert 60 <= len(events[-1].output.token_ids) <= 61
 
 
 def test_a_pool_that_cannot_shrink_is_made_anew_and_what_ran_is_computed_again(monkeypatch):

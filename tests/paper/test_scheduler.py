@@ -513,7 +513,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
     scheduler = make(num_blocks=10, block_size=4)
     scheduler.add(sequence(0, 30, new=10))
     with pytest.raises(InvalidRequest) as refusal:
-        scheduler.add(sequence(1, 1030, new=11))
+        scheduler.add(sequence(1, 1030, new=11, max_tokens=11))
     for fact in ("1,030 tokens", "11 new", "261 blocks of 4", "holds 10 ", "at most 40 tokens"):
         assert fact in str(refusal.value)
     assert len(scheduler.waiting) == 1
@@ -525,7 +525,7 @@ def test_every_group_must_hold_a_request():
     assert scheduler.max_tokens_of_a_sequence() == 40
     scheduler.add(sequence(0, 30, new=10))
     with pytest.raises(InvalidRequest, match="11 blocks of 4 tokens; the pool holds 10 "):
-        scheduler.add(sequence(1, 30, new=11))
+        scheduler.add(sequence(1, 30, new=11, max_tokens=11))
 
 
 def test_a_windowed_group_holds_any_length_if_it_holds_a_window_and_a_chunk():
@@ -535,7 +535,7 @@ def test_a_windowed_group_holds_any_length_if_it_holds_a_window_and_a_chunk():
     assert scheduler.max_tokens_of_a_sequence() == 28
     scheduler.add(sequence(0, 20, new=8))
     with pytest.raises(InvalidRequest, match="8 blocks of 4 tokens; the pool holds 7 "):
-        scheduler.add(sequence(1, 20, new=9))
+        scheduler.add(sequence(1, 20, new=9, max_tokens=9))
 
 
 def test_the_longest_sequence_that_fits_is_served_alone():
@@ -699,9 +699,9 @@ def test_a_pool_grows_rather_than_lose_what_is_cached_unless_it_is_told(keeps_ca
 def test_capacity_is_what_a_pool_may_grow_to():
     scheduler = make_elastic(2, 20)
     assert scheduler.max_tokens_of_a_sequence() == 80
-    scheduler.check_capacity(sequence(0, 30, new=50))
+    scheduler.limit_length(sequence(0, 30, new=50, max_tokens=50))
     with pytest.raises(InvalidRequest, match="need 21 blocks of 4 tokens; the pool holds 20"):
-        scheduler.check_capacity(sequence(0, 31, new=50))
+        scheduler.limit_length(sequence(0, 31, new=50, max_tokens=50))
 
 
 def test_limits_in_which_a_sequence_could_never_end_are_refused():
@@ -714,6 +714,50 @@ def test_limits_in_which_a_sequence_could_never_end_are_refused():
     assert scheduler.limits == [20]
     scheduler.set_limits([8])
     assert [seq.max_length for seq in scheduler.running] == [30, 32], "asked for, and not"
+
+
+@pytest.mark.parametrize("pending", [0, 1])
+@pytest.mark.parametrize("tokens", [11, 12, 13])
+def test_what_may_end_at_any_time_ends_when_it_is_as_long_as_a_smaller_pool(tokens, pending):
+    scheduler = make_elastic(20, 20)
+    seq = sequence(0, 8)
+    add(scheduler, seq)
+    while len(seq.token_ids) < tokens:
+        step(scheduler)
+    plan = scheduler.schedule() if pending else None
+    ended = scheduler.set_limits([3])
+    scheduler.shrink([3])
+    if plan:
+        give(scheduler, plan)
+    for _ in range(3):
+        step(scheduler)
+    assert not scheduler.has_work
+    assert ended == ([seq] if tokens >= 12 else [])
+    assert (len(seq.token_ids), seq.finish_reason) == (max(tokens, 12), "length")
+
+
+def test_a_smaller_pool_is_refused_while_it_holds_no_token_of_a_request():
+    scheduler = make_elastic(20, 20)
+    add(scheduler, sequence(0, 12))
+    plan = scheduler.schedule()
+    with pytest.raises(InvalidRequest, match=r"room for 13 tokens; .* at most 12"):
+        scheduler.set_limits([3])
+    give(scheduler, plan)
+    scheduler.set_limits([3])
+    assert not scheduler.has_work
+
+
+def test_what_may_end_at_any_time_is_made_to_fit_when_it_is_added():
+    scheduler = make_elastic(10, 10)
+    first, child, other = (sequence(id, 8) for id in range(3))
+    first.forks = [child]
+    add(scheduler, first)
+    step(scheduler)
+    scheduler.fork(first, other)
+    assert [seq.max_length for seq in (first, child, other)] == [40] * 3
+    other = sequence(3, 40)
+    with pytest.raises(InvalidRequest, match="up to 1 new ones need 11 blocks"):
+        scheduler.fork(first, other)
 
 
 def test_who_is_in_the_way_of_a_smaller_pool_is_preempted_newest_first():
