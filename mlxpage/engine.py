@@ -87,7 +87,7 @@ class Engine:
         self._tier = tier
         self._in_flight: list[Started] = []
         """Steps whose results nobody has read yet, oldest first."""
-        self._num_steps = 0
+        self.num_steps = 0
         self._num_failed_steps = 0
         self._peak_blocks = 0
 
@@ -235,6 +235,11 @@ class Engine:
             return False
         return True
 
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a place to store what is cached."""
+        return self._tier is not None
+
     def store_cached(self) -> bool:
         """Stores some of what only the pool holds, for when there's nothing else to do; True if
         there is more."""
@@ -263,7 +268,7 @@ class Engine:
         batch = started.batch
         tokens = [] if started.tokens is None else started.tokens.tolist()
         now = time.perf_counter()
-        self._num_steps += 1
+        self.num_steps += 1
         self._fail_broken(batch.sampling, tokens)
         scored = _as_logprobs(batch.scored_tokens, started.prompt_logprobs)
         self._served.take_prompt_logprobs(batch.scoring, scored)
@@ -399,7 +404,7 @@ class Engine:
         admitted."""
         pool = self._largest_pool()
         return {
-            "steps": self._num_steps,
+            "steps": self.num_steps,
             "prompt_tokens": self._served.num_prompt_tokens,
             "output_tokens": self._served.num_output_tokens,
             "failed_steps": self._num_failed_steps,

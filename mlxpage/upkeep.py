@@ -31,6 +31,7 @@ class Upkeep:
         self._pressure = pressure
         self._clock = clock
         self._idle_since: float | None = None
+        self._num_steps = 0
         self._is_trimmed = self._is_stored = False
         self._looked_at = -PRESSURE_SECONDS
         self._level = NORMAL
@@ -43,11 +44,14 @@ class Upkeep:
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def _when_idle(self, engine: Engine, now: float) -> float | None:
+        if engine.has_work or engine.num_steps != self._num_steps:
+            # A request may begin and end between two looks.
+            self._idle_since, self._num_steps = None, engine.num_steps
         if engine.has_work:
-            self._idle_since = None
             return None
         if self._idle_since is None:
-            self._idle_since, self._is_trimmed, self._is_stored = now, False, False
+            self._idle_since, self._is_trimmed = now, False
+            self._is_stored = not engine.has_disk
         waits = [self._store(engine, now), self._trim(engine, now)]
         return min((seconds for seconds in waits if seconds is not None), default=None)
 

@@ -18,6 +18,8 @@ class Machine:
         self.trims: list[bool] = []
         self.engine = SimpleNamespace(
             has_work=False,
+            num_steps=0,
+            has_disk=False,
             scheduler=SimpleNamespace(keeps_cached=True),
             trim=lambda cached=False: self.trims.append(cached),
         )
@@ -63,6 +65,20 @@ def test_an_engine_that_works_is_not_idle():
         machine.time += 59
         upkeep.run(machine.engine)
     assert not machine.trims
+
+
+def test_a_request_of_one_step_is_work_too():
+    machine = Machine()
+    upkeep = Upkeep(60, clock=machine.clock)
+    for _ in range(10):
+        machine.engine.num_steps += 1
+        machine.time += 59
+        assert upkeep.run(machine.engine) == 60
+    assert not machine.trims
+    machine.time += 60
+    upkeep.run(machine.engine)
+    machine.engine.num_steps += 1
+    assert upkeep.run(machine.engine) == 60, "and what it left is trimmed again"
 
 
 def test_pressure_takes_empty_blocks_then_cached_ones_once_each():
