@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from types import ModuleType
 
 from mlxpage.cache_group import CacheGroup
@@ -44,15 +45,18 @@ class ElasticPool:
         specs, num_blocks = self._model.specs, self.num_blocks
         self._model.bind(KVCache(specs, num_blocks, block_size, self._ops, fetches=fetches))
 
-    def grow(self, group: int, num_blocks: int) -> bool:
+    def grow(self, group: int, num_blocks: int, *, in_flight: bool = False) -> bool:
         """Makes the arrays of a group so large. False if that can't be: there is no memory for it,
-        whatever the budget says. The group's pool is at its limit then."""
+        whatever the budget says, and the group's pool is at its limit then; or a step `in_flight`
+        has failed, and who reads its results will tell."""
         if self._model.cache is None:  # they are made before the next step
             return True
         try:
             mx.synchronize()
-        except Exception:
-            return False  # a step in flight has failed; who reads its results will tell
+        except Exception as error:
+            if not in_flight:
+                self._stay(group, num_blocks, error)
+            return False
         sizes = self.num_blocks
         sizes[group] = num_blocks
         try:
@@ -67,18 +71,20 @@ class ElasticPool:
         pool = self.groups[group].pool
         pool.limit = pool.num_blocks
         self.has_failed = True
-        warnings.warn(
-            f"the pool can't grow from {pool.num_blocks:,} blocks to {wanted:,}, though the budget "
-            f"allows it: {type(error).__name__}: {error}. It stays at {gigabytes(self.nbytes)}; "
-            "set_memory lets it try again.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        with suppress(RuntimeWarning):  # where warnings are errors, all requests would end by it
+            warnings.warn(
+                f"the pool can't grow from {pool.num_blocks:,} blocks to {wanted:,}, though the "
+                f"budget allows it: {type(error).__name__}: {error}. It stays at "
+                f"{gigabytes(self.nbytes)}; set_memory lets it try again.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def shrink(self, moves: list[list[tuple[int, int]]]) -> None:
         """Makes the arrays as small as the groups are now, moving what these have moved. If it
         raises, what the blocks hold is lost."""
         if self._model.cache is not None:
+            mx.synchronize()
             self._model.cache.resize(self.num_blocks, moves)
         self.num_shrunk += 1
 

@@ -72,7 +72,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=PrefixCache(self.pool.groups, tier) if prefix_cache else None,
-            make_larger=self.pool.grow,
+            make_larger=self._make_larger,
         )
         self._intake = Intake(
             tokenizer,
@@ -315,6 +315,9 @@ class Engine:
         mx.clear_cache()
 
     # -- the size of the pool --
+
+    def _make_larger(self, group: int, num_blocks: int) -> bool:
+        return self.pool.grow(group, num_blocks, in_flight=bool(self._in_flight))
 
     def trim(self, *, cached: bool = False) -> int:
         """Gives back blocks that nobody uses, but for room to begin with; `cached` ones, and that

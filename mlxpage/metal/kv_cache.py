@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -168,18 +169,19 @@ class KVCache:
         """Makes the pools so large, per cache group, one array of one layer after the other.
 
         New blocks are zeros. Of a pool that shrinks, `moves` says what is brought from where to
-        where, (source, target) each, before the blocks above are dropped. Waits for what is being
-        computed. If a pool can't grow, MLX's error is raised and all are as large as they were; if
-        one can't shrink, what they hold is lost.
+        where, (source, target) each, before the blocks above are dropped. Nothing may be computed
+        meanwhile. If a pool can't grow, MLX's error is raised and all hold what they held; if one
+        can't shrink, what they hold is lost.
         """
-        mx.synchronize()
+        mx.clear_cache()  # what MLX keeps for another use would be there beside the first array
         before, self.num_blocks = self.num_blocks, list(num_blocks)
         try:
             self._resize(moves or [[]] * len(num_blocks))
         except Exception:
             self.num_blocks = before
             if not moves:
-                self._resize([[]] * len(before))
+                with suppress(Exception):  # a layer that stays larger does no harm
+                    self._resize([[]] * len(before))
             raise
 
     def _resize(self, moves: list[list[tuple[int, int]]]) -> None:

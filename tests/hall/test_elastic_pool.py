@@ -339,6 +339,31 @@ def test_what_never_fits_in_a_pool_that_cannot_grow_fails_alone(monkeypatch):
     assert len(ends["open"].output.token_ids) == 76
 
 
+def test_a_device_that_does_not_answer_fails_who_needs_a_larger_pool(monkeypatch):
+    served = engine(tiny("llama"), start=4, max_num_seqs=4, max_num_batched_tokens=64)
+
+    def broken():
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(mx, "synchronize", broken)
+    events = []
+    served.add(served.request([1] * 100, GREEDY, events.append))
+    with pytest.warns(RuntimeWarning, match="can't grow from 4 blocks .* device lost"):
+        for _ in range(5):
+            served.step()
+    assert not served.has_work
+    assert isinstance(events[-1].error, OutOfMemory)
+
+
+def test_requests_go_on_in_a_pool_that_cannot_grow_where_warnings_are_errors(monkeypatch):
+    served = engine(tiny("llama"), start=20, max_num_seqs=8, max_num_batched_tokens=64)
+    failed = fail_once(monkeypatch, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outputs = serving.serve(served, prompts(), GREEDY)
+    assert failed and all(len(output.token_ids) == 40 for output in outputs)
+
+
 @pytest.mark.parametrize("look_ahead", [0, 1])
 def test_a_request_without_max_tokens_ends_where_the_pool_that_cannot_grow_does(
     monkeypatch, look_ahead

@@ -123,6 +123,48 @@ def test_a_cache_that_cannot_grow_is_as_it_was(monkeypatch, broken):
         assert np.array_equal(np.array(array), was)
 
 
+@pytest.mark.parametrize("broken", range(6))
+def test_a_cache_that_cannot_become_as_it_was_tells_why_it_could_not_grow(monkeypatch, broken):
+    cache = filled(np.random.default_rng(0), [FULL, WINDOWED, FULL], [9, 5])
+    before = [np.array(array) for array in cache.arrays()]
+    pad, calls = mx.pad, itertools.count()
+
+    def failing(*arguments):
+        if next(calls) == broken:
+            raise RuntimeError("no memory")
+        return pad(*arguments)
+
+    def shrinking(*arguments, **options):
+        raise RuntimeError("nor for this")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(layout.mx, "pad", failing)
+        patched.setattr(layout.mx, "take", shrinking)
+        with pytest.raises(RuntimeError, match="no memory"):
+            cache.resize([20, 20])
+    assert cache.num_blocks == [9, 5]
+    for array, was in zip(cache.arrays(), before, strict=True):
+        assert np.array_equal(np.array(array)[: len(was)], was)
+    cache.resize([20, 20])
+    assert {len(array) for array in cache.arrays()} == {21}
+
+
+def test_what_mlx_keeps_goes_before_the_first_array_is_made(monkeypatch):
+    cache = filled(np.random.default_rng(0), [FULL], [9])
+    called = []
+    for name in ("clear_cache", "pad"):
+        function = getattr(mx, name)
+        monkeypatch.setattr(
+            layout.mx,
+            name,
+            lambda *arguments, name=name, function=function: (
+                called.append(name) or function(*arguments)
+            ),
+        )
+    cache.resize([20])
+    assert called[:2] == ["clear_cache", "pad"]
+
+
 # -- writing --
 
 
