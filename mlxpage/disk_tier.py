@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from mlxpage.block_store import BlockStore
@@ -48,12 +49,14 @@ class DiskTier:
     def stop_reading(self, error: Exception) -> None:
         """Tells once that what is stored can't be used, and why."""
         self._is_read = False
-        warnings.warn(
-            f"blocks from {self.store.folder} can't be put into the pool: {type(error).__name__}: "
-            f"{error}. They aren't used any more; prompts are computed instead.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        with suppress(RuntimeWarning):  # where warnings are errors, all requests would end by it
+            warnings.warn(
+                f"blocks from {self.store.folder} can't be put into the pool: "
+                f"{type(error).__name__}: {error}. They aren't used any more; prompts are computed "
+                "instead.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     # -- from the pools --
 

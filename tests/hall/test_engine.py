@@ -1,9 +1,13 @@
 """What an engine does with requests that a step can't serve."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import serving
 import tiny_models
 
+from mlxpage.disk_tier import DiskTier
 from mlxpage.errors import EngineError
 from mlxpage.metal.backend import mx
 from mlxpage.sampling_params import SamplingParams
@@ -70,3 +74,10 @@ def test_a_closed_engine_leaves_nothing_in_its_model():
     assert model.cache is None
     assert model._compiled is not compiled, "its functions hold the model"
     engine.close()
+
+
+def test_a_tier_that_stops_reading_does_not_raise_where_warnings_are_errors():
+    tier = DiskTier(SimpleNamespace(folder="blocks"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tier.stop_reading(RuntimeError("no way in"))
