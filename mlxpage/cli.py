@@ -288,7 +288,6 @@ def _summary(outputs, seconds: float, stats) -> str:
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     first = min(output.timings.ttft_s for output in outputs)
     blocks = stats["blocks"]
-    block_bytes = stats["bytes"]["pool"] / blocks["total"]
     answers = "1 answer" if len(outputs) == 1 else f"{len(outputs)} answers"
     if cut := sum(output.finish_reason == "length" for output in outputs):
         answers += f" ({cut} cut short by --max-tokens or the context)"
@@ -296,7 +295,7 @@ def _summary(outputs, seconds: float, stats) -> str:
         f"{answers}, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tok/s, "
         f"first token after {first * 1000:.0f} ms; {prompt:,} prompt tokens; pool in use at most "
         f"{blocks['peak_used']:,} of {blocks['limit']:,} blocks "
-        f"({blocks['peak_used'] * block_bytes / 1e6:.0f} MB)"
+        f"({stats['bytes']['pool_peak_used'] / 1e6:.0f} MB)"
     )
 
 

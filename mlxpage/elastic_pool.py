@@ -25,6 +25,10 @@ class ElasticPool:
                 plan.start, plan.num_blocks, windows(model.specs), strict=True
             )
         ]
+        self._block_nbytes = [
+            plan.block_size * sum(s.bytes_per_token for s in model.specs if s.window == g.window)
+            for g in self.groups
+        ]
         self.num_grown = self.num_shrunk = 0
         self.has_failed = False
         """Whether a pool could not grow, and is at its limit now: some requests may not fit."""
@@ -33,6 +37,12 @@ class ElasticPool:
     @property
     def num_blocks(self) -> list[int]:
         return [group.pool.num_blocks for group in self.groups]
+
+    @property
+    def used_nbytes(self) -> int:
+        """Of the blocks that somebody uses."""
+        pairs = zip(self.groups, self._block_nbytes, strict=True)
+        return sum(group.pool.num_used * nbytes for group, nbytes in pairs)
 
     @property
     def nbytes(self) -> int:
@@ -44,6 +54,11 @@ class ElasticPool:
         block_size, fetches = self.groups[0].block_size, self._model.fetches
         specs, num_blocks = self._model.specs, self.num_blocks
         self._model.bind(KVCache(specs, num_blocks, block_size, self._ops, fetches=fetches))
+
+    def follow(self, plan: Plan) -> None:
+        """Takes the room to begin with, which a trimmed pool keeps, from another plan."""
+        for group, start in zip(self.groups, plan.start, strict=True):
+            group.pool.start = start
 
     def grow(self, group: int, num_blocks: int, *, in_flight: bool = False) -> bool:
         """Makes the arrays of a group so large. False if that can't be: there is no memory for it,

@@ -89,7 +89,7 @@ class Engine:
         """Steps whose results nobody has read yet, oldest first."""
         self.num_steps = 0
         self._num_failed_steps = 0
-        self._peak_blocks = 0
+        self._peak_blocks = self._peak_bytes = 0
 
     def request(
         self,
@@ -173,6 +173,7 @@ class Engine:
             self._end_what_outgrows()
         schedule = self.scheduler.schedule()
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
+        self._peak_bytes = max(self._peak_bytes, self.pool.used_nbytes)
         if self._tier is not None and self.model.cache is not None:
             self._tier.store_evicted(self.scheduler.prefix_cache, self.model.cache)
         ahead = 0
@@ -354,6 +355,7 @@ class Engine:
         )
         self._set_limits(plan.num_blocks)
         self.plan = plan
+        self.pool.follow(plan)
         self._shrink(plan.num_blocks)
 
     def _set_limits(self, limits: list[int]) -> None:
@@ -435,6 +437,7 @@ class Engine:
                 "weights": self.plan.weights,
                 "scratch": self.plan.scratch,
                 "pool": self.pool.nbytes,
+                "pool_peak_used": self._peak_bytes,
                 "active": mx.get_active_memory(),
                 "peak": mx.get_peak_memory(),
             },

@@ -161,6 +161,25 @@ def test_trim_keeps_what_is_cached_until_it_is_asked_for():
     assert tokens(serving.serve(served, prompts(), GREEDY)) == tokens(again)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_bytes_in_use_at_most_do_not_depend_on_what_became_of_the_pool(family):
+    served = engine(tiny(family))
+    most = 0
+
+    def watch(served):
+        nonlocal most
+        plan, specs = served.plan, served.model.specs
+        used = [group.pool.num_used for group in served.scheduler.groups]
+        null = memory._pool_bytes(specs, [0] * len(used), plan.block_size)
+        most = max(most, memory._pool_bytes(specs, used, plan.block_size) - null)
+
+    serving.serve(served, prompts(3), replace(GREEDY, max_tokens=2), on_step=watch)
+    peak = served.stats()["bytes"]["pool_peak_used"]
+    assert 0 < most <= peak <= served.stats()["bytes"]["pool"]
+    served.trim(cached=True)
+    assert served.stats()["bytes"]["pool_peak_used"] == peak
+
+
 # -- another budget --
 
 
@@ -233,6 +252,17 @@ def test_a_request_without_max_tokens_ends_where_the_smaller_pool_does():
     assert not served.has_work
     assert events[-1].finish_reason == "length"
     assert 100 + len(events[-1].output.token_ids) == longest < 400
+
+
+def test_a_trimmed_pool_keeps_the_room_to_begin_with_of_its_last_budget():
+    served = engine(tiny("llama"), max_num_seqs=4, max_num_batched_tokens=64)
+    served.set_memory(budget(served, 300))
+    serving.serve(served, prompts(), GREEDY)
+    served.scheduler.prefix_cache.clear()
+    for blocks in (300, 30):
+        served.set_memory(budget(served, blocks))
+        served.trim()
+        assert served.stats()["blocks"]["total"] == max(served.plan.start) != 10
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1])
