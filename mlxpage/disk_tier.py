@@ -11,6 +11,7 @@ from mlxpage.block_store import BlockStore
 from mlxpage.metal.kv_cache import KVCache
 from mlxpage.metal.model import Model
 from mlxpage.prefix_cache import PrefixCache
+from mlxpage.scheduler import Schedule
 
 _AT_ONCE = 32  # blocks that are read from the pools together
 _LOOKED_AT = 128  # cached blocks in each pool, when some of them may be stored ahead
@@ -60,12 +61,15 @@ class DiskTier:
 
     # -- from the pools --
 
-    def store_evicted(self, prefixes: PrefixCache, cache: KVCache) -> None:
+    def store_evicted(self, prefixes: PrefixCache, cache: KVCache, schedule: Schedule) -> None:
         """Stores what the plan of a step has handed out again; to be called before that step
         begins."""
         if evicted := prefixes.take_evicted():
             # Not what is in use: the step that is about to begin may be the one that computes it.
-            self._store(cache, [*evicted, *prefixes.next_in_line(_LOOKED_AT)[:_AT_ONCE]])
+            blocks = [*evicted, *prefixes.next_in_line(_LOOKED_AT)[:_AT_ONCE]]
+            # Nor what is yet to be loaded, for somebody who was preempted meanwhile.
+            loads = {load[:2] for load in schedule.loads}
+            self._store(cache, [block for block in blocks if block[:2] not in loads])
 
     def store_some(self, prefixes: PrefixCache, cache: KVCache) -> bool:
         """Stores some of what only the pools hold; True if there is more."""

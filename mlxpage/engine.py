@@ -175,7 +175,7 @@ class Engine:
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
         self._peak_bytes = max(self._peak_bytes, self.pool.used_nbytes)
         if self._tier is not None and self.model.cache is not None:
-            self._tier.store_evicted(self.scheduler.prefix_cache, self.model.cache)
+            self._tier.store_evicted(self.scheduler.prefix_cache, self.model.cache, schedule)
         ahead = 0
         loaded = not schedule.loads or self._load(schedule)
         if schedule.scheduled and loaded:

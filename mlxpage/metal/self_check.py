@@ -103,7 +103,8 @@ def _compare_held(specs: list[LayerSpec], ours: list[np.ndarray], theirs: list[n
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         spec = specs[number // 2]
         coarsest = min(bits for bits in (spec.k_bits, spec.v_bits) if bits)
-        allowed = _MOST_CODES / (2**coarsest - 1) * np.abs(b).max()
+        error = _MOST_CODES / (2**coarsest - 1) + _FLOOR[spec.dtype]
+        allowed = error * np.abs(b).max()
         difference = np.abs(a - b).max()
         if not difference <= allowed:
             raise UnsupportedModel(

@@ -248,7 +248,8 @@ class World:
         if self.shelf:
             cache = self.scheduler.prefix_cache
             for index, block, key in [*cache.take_evicted(), *cache.next_in_line(3)]:
-                self.shelf.blocks[index, key] = list(self.memory[index][block])
+                if (index, block) not in {load[:2] for load in plan.loads}:
+                    self.shelf.blocks[index, key] = list(self.memory[index][block])
         self.scheduler.check()
         self.check_plan(plan, before)
         self.compute(plan)
@@ -345,7 +346,9 @@ class World:
             self.memory[index][target] = list(self.memory[index][source])
             self.num_copies += 1
         for index, block, content in plan.loads:
-            assert self.scheduler.groups[index].pool.num_owners(block), "read for nobody"
+            pool = self.scheduler.groups[index].pool
+            # Who was preempted when it had been read may find it again.
+            assert pool.num_owners(block) or block in pool._keys, "read for nobody"
             self.memory[index][block] = list(content)
         for index, group in enumerate(self.scheduler.groups):
             writers: dict[int, int] = {}
