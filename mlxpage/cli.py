@@ -149,6 +149,8 @@ _engine_options = _options(
     click.option("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
     click.option("--block-size", type=int, default=16, show_default=True, help="16 or 32 tokens."),
     _kv_bits,
+    click.option("--cache-dir", help="Folder for blocks that outlive the process."),
+    click.option("--cache-disk", help="What it may take, 20GB; alone: a folder in the cache."),
     click.option("--backend", help="metal, cuda or reference; else the best there is."),
     click.option("--dtype", help="float32, float16 or bfloat16."),
 )
@@ -208,7 +210,10 @@ def _read_stdin() -> str:
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of sampling, and of the engine."""
-    engine_names = ("memory", "num_blocks", "block_size", "kv_bits", "backend", "dtype")
+    engine_names = (
+        *("memory", "num_blocks", "block_size", "kv_bits"),
+        *("cache_dir", "cache_disk", "backend", "dtype"),
+    )
     engine = {name: options.pop(name) for name in engine_names}
     return options, engine
 
