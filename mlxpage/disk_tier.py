@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 from mlxpage.block_store import BlockStore
@@ -14,7 +15,12 @@ from mlxpage.prefix_cache import PrefixCache
 from mlxpage.scheduler import Schedule
 
 _AT_ONCE = 32  # blocks that are read from the pools together
+_FILE_BYTES = 400  # of a file beside the content, and more
 _LOOKED_AT = 128  # cached blocks in each pool, when some of them may be stored ahead
+
+
+Found = tuple[int, int, bytes]
+"""Cache group, block and key."""
 
 
 class DiskTier:
@@ -30,6 +36,8 @@ class DiskTier:
         self._is_read = True
         self._unreadable: set[bytes] = set()
         """What is there and couldn't be read: nobody has to try again."""
+        self._left: list[Found] | None = None
+        """What is still to be stored, of what was cached when storing began."""
 
     # -- for the prefix cache --
 
@@ -37,10 +45,13 @@ class DiskTier:
         name = _name(group, key)
         return self._is_read and name in self.store and name not in self._unreadable
 
+    def keeps(self, group: int, key: bytes) -> bool:
+        return _name(group, key) in self.store
+
     def read(self, group: int, key: bytes) -> memoryview | None:
         name = _name(group, key)
         content = self.store.get(name)
-        if content is None:
+        if content is None and name in self.store:
             self._unreadable.add(name)
         return content
 
@@ -63,32 +74,65 @@ class DiskTier:
 
     def store_evicted(self, prefixes: PrefixCache, cache: KVCache, schedule: Schedule) -> None:
         """Stores what the plan of a step has handed out again; to be called before that step
-        begins."""
-        if evicted := prefixes.take_evicted():
-            # Not what is in use: the step that is about to begin may be the one that computes it.
-            blocks = [*evicted, *prefixes.next_in_line(_LOOKED_AT)[:_AT_ONCE]]
-            # Nor what is yet to be loaded, for somebody who was preempted meanwhile.
-            loads = {load[:2] for load in schedule.loads}
-            self._store(cache, [block for block in blocks if block[:2] not in loads])
+        begins. Nobody waits for the disk: what its queue hasn't room for is lost."""
+        evicted = prefixes.take_evicted()
+        if not evicted or not self.store.may_write():
+            return
+        # Not what is in use: the step that is about to begin may be the one that computes it. Nor
+        # what is yet to be loaded, for somebody who was preempted meanwhile.
+        loads = {load[:2] for load in schedule.loads}
+        ahead = [each for each in prefixes.next_in_line(_LOOKED_AT) if each[:2] not in loads]
+        self._store(cache, [*evicted, *ahead[:_AT_ONCE]])
 
     def store_some(self, prefixes: PrefixCache, cache: KVCache) -> bool:
-        """Stores some of what only the pools hold; True if there is more."""
-        if self.store.why_not_writing is not None:
+        """Stores some of what was cached when this began, as far as the store has room for it,
+        what was used last at last; True if there is more, now or when the queue has room."""
+        if self._left is None:
+            self._left = self._worth_storing(prefixes, cache)[::-1]
+        if not self.store.may_write():
+            self._left = None
             return False
-        alone = prefixes.cached_alone()
-        self._store(cache, alone[:_AT_ONCE])
-        return len(alone) > _AT_ONCE
+        count, nbytes = self._batch(cache)
+        if self.store.has_room(nbytes):
+            some, self._left = self._left[:count], self._left[count:]
+            if not self._store(cache, [each for each in some if prefixes.is_alone(*each)]):
+                self._left = []
+        if self._left:
+            return True
+        self._left = None
+        return False
 
     def store_within(self, seconds: float, prefixes: PrefixCache, cache: KVCache) -> None:
-        """Stores what only the pools hold, what was used last first, as far as there is time."""
+        """The same at once and as far as there is time, what was used last first."""
         end = time.monotonic() + seconds
-        alone = prefixes.cached_alone()[::-1]
-        while alone and time.monotonic() < end and self.store.why_not_writing is None:
-            self._store(cache, alone[:_AT_ONCE])
-            del alone[:_AT_ONCE]
+        left = [e for e in self._worth_storing(prefixes, cache) if prefixes.is_alone(*e)]
+        count, nbytes = self._batch(cache)
+        while left and time.monotonic() < end and self.store.may_write():
+            some, left = left[:count], left[count:]
+            if not self.store.has_room(nbytes):
+                self.store.flush()
+            if not self._store(cache, some):
+                break
 
-    def _store(self, cache: KVCache, blocks: list[tuple[int, int, bytes]]) -> None:
-        """`blocks` are (cache group, block, key) each."""
+    def _worth_storing(self, prefixes: PrefixCache, cache: KVCache) -> list[Found]:
+        """What was used last, as much as the store may hold: more would drive out the rest."""
+        found, left = [], self.store.limit_bytes
+        for each in prefixes.cached():
+            left -= cache.block_nbytes(each[0]) + _FILE_BYTES
+            if left < 0:
+                break
+            found.append(each)
+        return found
+
+    def _batch(self, cache: KVCache) -> tuple[int, int]:
+        """How many blocks the queue takes at once, and their bytes."""
+        largest = max(cache.block_nbytes(group) for group in range(len(cache.num_blocks)))
+        count = max(1, min(_AT_ONCE, self.store.queue_bytes // largest))
+        return count, count * largest
+
+    def _store(self, cache: KVCache, blocks: list[Found]) -> bool:
+        """False if a step under way has failed: who reads its results will tell, and nothing that
+        the pools hold can be trusted."""
         for group in {group for group, *_ in blocks}:
             own = [(block, key) for index, block, key in blocks if index == group]
             for start in range(0, len(own), _AT_ONCE):
@@ -96,24 +140,27 @@ class DiskTier:
                 try:
                     contents = cache.read(group, [block for block, _ in some])
                 except Exception:
-                    return  # a step under way has failed: who reads its results will tell
+                    return False
                 for (_, key), content in zip(some, contents, strict=True):
-                    self._put(_name(group, key), content)
-
-    def _put(self, name: bytes, content: memoryview) -> None:
-        self._unreadable.discard(name)
-        if not self.store.put(name, content) and self.store.why_not_writing is None:
-            self.store.flush()  # its queue was full
-            self.store.put(name, content)
+                    name = _name(group, key)
+                    if self.store.put(name, content):
+                        self._unreadable.discard(name)
+        return True
 
 
 def _name(group: int, key: bytes) -> bytes:
     return bytes([group]) + key
 
 
+# Of what blocks hold, and of how a model is run: to be raised when either changes.
+_LAYOUT = 1
+
+
 def facts(model: Model, fingerprint: str, block_size: int) -> dict[str, Any]:
     """All that the content of a block depends on, beside its tokens and the salt in its key."""
     return {
+        "layout": _LAYOUT,
+        "mlx_lm": version("mlx-lm"),
         "model": fingerprint,
         "family": model.family,
         "logits": _dtype(model.logits_dtype),

@@ -148,9 +148,11 @@ class Engine:
         """Gives the memory of weights and pool back. What is cached goes to the disk before, if
         there is a tier there and as far as there is time."""
         if self._tier is not None:
-            self._store_all()
-            self._tier.store.close()
-            self._tier = None
+            try:
+                self._store_all()
+            finally:
+                self._tier.store.close()
+                self._tier = None
         mx.synchronize()
         self._in_flight.clear()
         if self.model is not None:
@@ -171,11 +173,13 @@ class Engine:
         """
         if self.pool.has_failed:
             self._end_what_outgrows()
-        schedule = self.scheduler.schedule()
-        self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
-        self._peak_bytes = max(self._peak_bytes, self.pool.used_nbytes)
-        if self._tier is not None and self.model.cache is not None:
-            self._tier.store_evicted(self.scheduler.prefix_cache, self.model.cache, schedule)
+        try:
+            schedule = self._plan()
+        except Exception as error:
+            # What was planned never runs: nobody may find its blocks.
+            self._collect_all()
+            self._drop_pool(error)
+            raise
         ahead = 0
         loaded = not schedule.loads or self._load(schedule)
         if schedule.scheduled and loaded:
@@ -188,6 +192,14 @@ class Engine:
             ahead = self.backend.ops.LOOK_AHEAD
         while len(self._in_flight) > ahead:
             self._collect()
+
+    def _plan(self) -> Schedule:
+        schedule = self.scheduler.schedule()
+        self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
+        self._peak_bytes = max(self._peak_bytes, self.pool.used_nbytes)
+        if self._tier is not None and self.model.cache is not None:
+            self._tier.store_evicted(self.scheduler.prefix_cache, self.model.cache, schedule)
+        return schedule
 
     # -- compute --
 
@@ -219,16 +231,18 @@ class Engine:
     def _load(self, schedule: Schedule) -> bool:
         """Puts what was read from the disk into the pool, after the copies of the plan, which come
         first. If that can't be, nothing is read any more and everybody computes again; False."""
-        if self.model.cache is None:
-            self.pool.make_arrays()
-        cache, groups = self.model.cache, len(self.pool.groups)
+        groups = len(self.pool.groups)
         try:
+            if self.model.cache is None:
+                self.pool.make_arrays()
+            cache = self.model.cache
             cache.copy(copies_of(schedule, groups))
             schedule.copies.clear()
             for group in range(groups):
                 loads = [load[1:] for load in schedule.loads if load[0] == group]
                 if loads:
                     cache.load(group, *zip(*loads, strict=True))
+            schedule.loads.clear()
         except Exception as error:
             self._collect_all()
             self._tier.stop_reading(error)
@@ -248,6 +262,12 @@ class Engine:
         if self._tier is None or cache is None:
             return False
         return self._tier.store_some(self.scheduler.prefix_cache, cache)
+
+    def _store_all(self) -> None:
+        self._collect_all()  # a step that has failed shows in its results
+        if self.model.cache is not None:
+            prefixes = self.scheduler.prefix_cache
+            self._tier.store_within(_STORING_SECONDS, prefixes, self.model.cache)
 
     # -- results --
 
@@ -372,18 +392,12 @@ class Engine:
         sizes = [min(pair) for pair in zip(sizes, had, strict=True)]
         if sizes == had:
             return 0
-        self._store_all()
         moves = self.scheduler.shrink(sizes)
         try:
             self.pool.shrink(moves)
         except Exception as error:  # nobody's fault: all that was running is computed again
             self._drop_pool(error)
         return before - self.pool.nbytes
-
-    def _store_all(self) -> None:
-        cache = self.model and self.model.cache
-        if self._tier is not None and cache is not None:
-            self._tier.store_within(_STORING_SECONDS, self.scheduler.prefix_cache, cache)
 
     def _end_what_outgrows(self) -> None:
         """Fails what was added when the pool could still grow, and will never fit."""

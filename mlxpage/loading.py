@@ -49,13 +49,21 @@ def load_engine(
                 raise EngineError(reason) from error
 
     sizing.check_weights(folder, sizes["memory"])
+    before = None if disk is None else fingerprint(folder)
     loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
     loaded.quantise_cache(*kv_bits)
     plan = sizing.plan(loaded, **sizes, **limits)
     served = choice.checked(loaded, sizes["block_size"], backend, on_status)
     tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
     options = {"defaults": defaults, "seed": seed, "backend": served, "prefix_cache": prefix_cache}
-    if disk is not None:
-        told = disk_tier.facts(loaded, fingerprint(folder), plan.block_size)
-        options["tier"] = disk_tier.DiskTier(BlockStore(disk[0], told, disk[1]))
-    return Engine(loaded, tokenizer, plan, **options, **limits)
+    if disk is None or fingerprint(folder) != before:  # its files have been replaced meanwhile
+        return Engine(loaded, tokenizer, plan, **options, **limits)
+    told = disk_tier.facts(loaded, before, plan.block_size)
+    # Closed with the engine, which has something to store before that.
+    store = BlockStore(disk[0], told, disk[1], closes_at_exit=False)
+    try:
+        tier = disk_tier.DiskTier(store)
+        return Engine(loaded, tokenizer, plan, tier=tier, **options, **limits)
+    except BaseException:
+        store.close()
+        raise

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from typing import Protocol
 
 from mlxpage.block_pool import NULL_BLOCK
@@ -17,7 +17,11 @@ from mlxpage.sequence import Sequence
 class Tier(Protocol):
     """Where blocks may be found that the pools have handed out again: on a disk, say."""
 
-    def holds(self, group: int, key: bytes) -> bool: ...
+    def holds(self, group: int, key: bytes) -> bool:
+        """Whether `read` may find it."""
+
+    def keeps(self, group: int, key: bytes) -> bool:
+        """Whether it is there and needn't be stored, even if nobody can read it."""
 
     def read(self, group: int, key: bytes) -> memoryview | None:
         """What the block holds; None if it can't be had after all."""
@@ -145,21 +149,29 @@ class PrefixCache:
             if self._is_to_be_stored(index, block, key)
         ]
 
-    def cached_alone(self) -> list[tuple[int, int, bytes]]:
-        """(cache group, block, key) of the full blocks that only the pools hold, those in use too:
-        once the steps that have been planned are over. Those in use come last, before them what
-        was used last."""
-        return [
-            (index, block, key)
-            for index, group in enumerate(self._groups)
-            for block, key in chain(group.pool.free_cached(), group.pool.used_cached())
-            if self._is_to_be_stored(index, block, key)
+    def cached(self) -> list[tuple[int, int, bytes]]:
+        """(cache group, block, key) of all full blocks that can be found, once the steps that have
+        been planned are over: those in use first, then what was used last, of all groups side by
+        side."""
+        pools = [group.pool for group in self._groups]
+        found = [
+            [(index, *each) for each in chain(pool.used_cached(), [*pool.free_cached()][::-1])]
+            for index, pool in enumerate(pools)
         ]
+        side_by_side = chain.from_iterable(zip_longest(*found))
+        return [each for each in side_by_side if each and self._is_full(each[2])]
+
+    def is_alone(self, index: int, block: int, key: bytes) -> bool:
+        """Whether a block still holds what it did, and only the pool does."""
+        is_there = self._groups[index].pool.find(key) == block
+        return is_there and self._is_to_be_stored(index, block, key)
 
     def _is_to_be_stored(self, index: int, block: int, key: bytes) -> bool:
-        # Not tails, which are shorter.
-        is_full = len(key) == sha256().digest_size + 4 * self._block_size
-        return is_full and not self.tier.holds(index, key)
+        return self._is_full(key) and not self.tier.keeps(index, key)
+
+    def _is_full(self, key: bytes) -> bool:
+        """Whether a key is not a tail's, which is shorter."""
+        return len(key) == sha256().digest_size + 4 * self._block_size
 
     def match_tail(self, seq: Sequence) -> tuple[int, list[int]]:
         """How many tokens a cached tail has that go on where the full blocks of `seq` end, and its
@@ -215,6 +227,8 @@ class PrefixCache:
     def clear(self) -> None:
         for group in self._groups:
             group.pool.forget_all()
+            if group.pool.evicted:
+                group.pool.evicted = []
 
     def _keys(self, seq: Sequence, count: int) -> list[bytes]:
         """Of its first blocks, `count` of them."""

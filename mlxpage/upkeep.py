@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlxpage.engine import Engine
 
 PRESSURE_SECONDS = 1.0  # how often memory pressure is looked at
+STORE_EVERY = 0.02  # some of it
 STORE_AFTER = 1.0  # seconds without work, before what is cached is stored
 
 
@@ -62,7 +63,7 @@ class Upkeep:
         if left <= 0:
             # Some at a time: a request may come between.
             self._is_stored = not engine.store_cached()
-            left = None if self._is_stored else 0.0
+            left = None if self._is_stored else STORE_EVERY
         return left
 
     def _trim(self, engine: Engine, now: float) -> float | None:

@@ -55,6 +55,7 @@ class BlockStore:
         limit_bytes: int,
         *,
         queue_bytes: int = 256_000_000,
+        closes_at_exit: bool = True,
     ):
         """`facts` says all that the payloads depend on (the model and its revision, dtype, block
         size, layout); JSON must be able to hold it. The limit counts whole files; at most
@@ -79,7 +80,8 @@ class BlockStore:
         self._thread: threading.Thread | None = None
         self._ask_at = 0.0
         self._process = os.getpid()
-        atexit.register(self.close)
+        if closes_at_exit:
+            atexit.register(self.close)
         self._start_writing()
 
     def put(self, key: bytes, payload: Any) -> bool:
@@ -92,8 +94,7 @@ class BlockStore:
         payload = payload.cast("B") if payload.nbytes else memoryview(b"")
         path = self._path(key)
         with self._changed:
-            if self.why_not_writing == OTHER_WRITER and time.monotonic() >= self._ask_at:
-                self._start_writing()
+            self._ask_again()
             if path in self._queue or self._has_file(path):
                 return True
             if (
@@ -108,6 +109,17 @@ class BlockStore:
             self._queued_bytes += len(payload)
             self._changed.notify_all()
             return True
+
+    def may_write(self) -> bool:
+        """Whether this store writes, or does from now on because nobody else does any more."""
+        with self._changed:
+            self._ask_again()
+            return self.why_not_writing is None
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the queue takes so many bytes more."""
+        with self._changed:
+            return self._queued_bytes + nbytes <= self.queue_bytes
 
     def get(self, key: bytes) -> memoryview | None:
         """The payload that was put under `key`, byte for byte; None if there's none to be had."""
@@ -143,8 +155,8 @@ class BlockStore:
                 self._queued_bytes -= len(queued[1])
             if self._files is not None and path in self._files:
                 self._forget(path)
-        with suppress(OSError):
-            folders.remove(path)
+            with suppress(OSError):
+                folders.remove(path)
 
     def flush(self) -> None:
         """Waits until everything put so far is on the disk."""
@@ -235,6 +247,10 @@ class BlockStore:
 
     # -- the writer --
 
+    def _ask_again(self) -> None:
+        if self.why_not_writing == OTHER_WRITER and time.monotonic() >= self._ask_at:
+            self._start_writing()
+
     def _start_writing(self) -> None:
         self._ask_at = time.monotonic() + _ASK_AGAIN
         try:
@@ -249,7 +265,12 @@ class BlockStore:
                 target=self._write_on, args=(lock,), name="mlxpage-blocks", daemon=True
             )
             self._idle = False
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # at the interpreter's end, say
+                os.close(lock)
+                self._idle, self._thread = True, None
+                self._stop_writing(OSError(str(error)))
 
     def _write_on(self, lock: int) -> None:
         try:
@@ -302,17 +323,20 @@ class BlockStore:
         with self._changed:
             if path not in self._queue:
                 return  # cleared meanwhile
-            key, payload = self._queue[path]
+            queued = key, payload = self._queue[path]
             stamp = self._stamp()
         size = _file_bytes(key, payload)
         self._make_room(size)
         write_block(path, self.identity, key, payload, stamp)
         with self._changed:
+            if self._queue.get(path) is not queued:  # discarded meanwhile
+                folders.remove(path)
+                return
             self._files[path] = _File(size)
             self._bytes += size
             self._counts["written"] += 1
-            if (queued := self._queue.pop(path, None)) is not None:
-                self._queued_bytes -= len(queued[1])
+            del self._queue[path]
+            self._queued_bytes -= len(payload)
 
     def _make_room(self, size: int) -> None:
         victims = []

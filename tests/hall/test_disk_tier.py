@@ -231,8 +231,54 @@ def test_a_full_queue_is_waited_for(tmp_path):
         model, tier=DiskTier(BlockStore(tmp_path, {}, 10**9, queue_bytes=40_000))
     )
     serve_and_end(served, [text()[:2000]])
-    stats = served._tier.store.stats()
-    assert stats["written"] == 2000 // 16 and stats["dropped"]
+    assert served._tier.store.stats()["written"] == 2000 // 16
+
+
+def test_what_was_planned_and_never_ran_is_found_by_nobody(tmp_path, monkeypatch):
+    model = tiny_models.make("llama")
+    served = engine(model, tmp_path, num_blocks=30)
+    events = []
+    served.add(served.request(text()[:200], GREEDY, events.append))
+
+    def broken(*_):
+        raise MemoryError("no memory to look at what was evicted")
+
+    monkeypatch.setattr(DiskTier, "store_evicted", broken)
+    with pytest.raises(MemoryError):
+        served.step()
+    monkeypatch.undo()
+    served.abort_all()
+    assert not served.scheduler.prefix_cache.cached()
+    (output,) = serve_and_end(served, [text()[:200]])
+    assert output.num_cached_tokens == 0
+
+
+def test_an_idle_engine_with_more_than_the_disk_takes_comes_to_an_end(tmp_path):
+    model = tiny_models.make("llama")
+    block = KVCache(model.specs, [1], 16).block_nbytes(0)
+    served = engine(model, tmp_path, store={"limit": 8 * (block + 400)})
+    serving.serve(served, [text()[start : start + 400] for start in (0, 1000, 2000)], GREEDY)
+    turns = 0
+    while served.store_cached():
+        turns += 1
+        assert turns < 10
+    served._tier.store.flush()
+    assert 0 < served._tier.store.stats()["written"] <= 8
+    assert not served.store_cached()
+    with pytest.warns(RuntimeWarning):
+        served._tier.stop_reading(RuntimeError("no way in"))
+    assert not served.store_cached()
+    served._tier.store.close()
+
+
+def test_of_more_than_the_disk_takes_the_last_prompt_is_kept_from_its_head(tmp_path):
+    model = tiny_models.make("llama")
+    block = KVCache(model.specs, [1], 16).block_nbytes(0)
+    prompts = [text()[start : start + 400] for start in (0, 1000, 2000)]
+    for _ in range(2):
+        served = engine(model, tmp_path, store={"limit": 16 * (block + 400)})
+        outputs = serve_and_end(served, prompts[::-1] if _ else prompts)
+    assert outputs[0].num_cached_tokens >= 12 * 16
 
 
 def test_a_fingerprint_tells_trainings_of_one_architecture_apart(tmp_path):
@@ -241,5 +287,11 @@ def test_a_fingerprint_tells_trainings_of_one_architecture_apart(tmp_path):
     first, second = (tiny_folder.make(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     again = tiny_folder.make(tmp_path / "again", seed=0)
     assert fingerprint(first) == fingerprint(again) != fingerprint(second)
+    weights = mx.load(str(first / "model.safetensors"))
+    name = min(weights, key=lambda name: weights[name].size)
+    weights[name] = weights[name] + 0.125  # only a norm has been trained
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), weights, {"format": "mlx"})
+    shutil.move(tmp_path / "w.safetensors", first / "model.safetensors")
+    assert fingerprint(first) != fingerprint(again)
     shutil.copy(second / "model.safetensors", first / "model.safetensors")
     assert fingerprint(first) == fingerprint(second)

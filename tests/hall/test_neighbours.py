@@ -491,7 +491,7 @@ def a_begun_block_is_not_cleared(monkeypatch):
 
 
 def a_block_is_not_copied(monkeypatch):
-    monkeypatch.setattr(KVCache, "_copy", lambda self, copies: None)
+    monkeypatch.setattr(KVCache, "copy", lambda self, copies: None)
 
 
 def experts_give_rows_in_their_own_order(monkeypatch):

@@ -82,6 +82,9 @@ class Shelf:
     def holds(self, group: int, key: bytes) -> bool:
         return (group, key) in self.blocks
 
+    def keeps(self, group: int, key: bytes) -> bool:
+        return self.holds(group, key)
+
     def read(self, group: int, key: bytes) -> list[int] | None:
         if (group, key) in self.blocks and self.breaks():
             self.num_broken += 1
@@ -247,9 +250,10 @@ class World:
         self.num_steps += 1
         if self.shelf:
             cache = self.scheduler.prefix_cache
-            for index, block, key in [*cache.take_evicted(), *cache.next_in_line(3)]:
-                if (index, block) not in {load[:2] for load in plan.loads}:
-                    self.shelf.blocks[index, key] = list(self.memory[index][block])
+            loads = {load[:2] for load in plan.loads}
+            ahead = [each for each in cache.next_in_line(3) if each[:2] not in loads]
+            for index, block, key in [*cache.take_evicted(), *ahead]:
+                self.shelf.blocks[index, key] = list(self.memory[index][block])
         self.scheduler.check()
         self.check_plan(plan, before)
         self.compute(plan)

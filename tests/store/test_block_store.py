@@ -471,6 +471,40 @@ def test_what_is_evicted_during_a_read_was_found(make_store, monkeypatch):
 # -- a folder as people see it --
 
 
+def test_what_is_discarded_while_it_is_written_is_gone_and_may_be_put_anew(make_store, monkeypatch):
+    blocks = make_store()
+    write, begun, go_on = store.write_block, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        go_on.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(store, "write_block", slow)
+    for key in (b"only discarded", b"put anew"):
+        begun.clear()
+        go_on.clear()
+        assert blocks.put(key, b"wrong")
+        assert begun.wait(10)
+        blocks.discard(key)
+        if key == b"put anew":
+            assert blocks.put(key, b"right")
+        go_on.set()
+        blocks.flush()
+    assert blocks.get(b"only discarded") is None
+    assert bytes(blocks.get(b"put anew")) == b"right"
+
+
+def test_what_is_discarded_is_gone_wherever_it_is(make_store):
+    blocks = make_store()
+    blocks.put(b"written", b"wrong")
+    blocks.flush()
+    blocks.discard(b"written")
+    blocks.discard(b"never put")
+    assert b"written" not in blocks and blocks.get(b"written") is None
+    assert blocks.stats()["bytes"] == 0
+
+
 def test_clear_removes_all_and_a_store_that_is_open_goes_on(make_store, tmp_path):
     with make_store({"model": "old"}) as other:
         put_all(other, letters(1000, "ab"))
