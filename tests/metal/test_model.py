@@ -214,7 +214,8 @@ def test_a_dropped_model_and_its_pool_give_their_memory_back_at_once():
         assert mx.get_active_memory() - start > weights + 1e6
         model.cache = None
         assert mx.get_active_memory() - start <= weights + 4096
-        engine.model = model = None
+        engine.close()
+        model = None
         assert mx.get_active_memory() - start <= 4096
     finally:
         gc.enable()
