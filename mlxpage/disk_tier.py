@@ -117,8 +117,9 @@ class DiskTier:
     def _worth_storing(self, prefixes: PrefixCache, cache: KVCache) -> list[Found]:
         """What was used last, as much as the store may hold: more would drive out the rest."""
         found, left = [], self.store.limit_bytes
+        sizes = [cache.block_nbytes(group) + _FILE_BYTES for group in range(len(cache.num_blocks))]
         for each in prefixes.cached():
-            left -= cache.block_nbytes(each[0]) + _FILE_BYTES
+            left -= sizes[each[0]]
             if left < 0:
                 break
             found.append(each)

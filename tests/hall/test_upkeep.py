@@ -104,7 +104,7 @@ def test_pressure_is_looked_at_once_a_second():
     assert machine.looks == 4
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="macOS tells")
+@pytest.mark.skipif(sys.platform == "darwin", reason="this Mac may be short of memory now")
 def test_other_systems_are_never_short_of_memory():
     assert memory_pressure.level() == NORMAL
 

@@ -104,17 +104,23 @@ def test_a_pool_of_any_type_and_shape_can_be_resized():
     assert mx.array_equal(pool.v, mx.stack([words[0], words[3], words[2]])[:, :, :3])
 
 
+def failing_at(call: int):
+    """`mx.pad` that raises at one of its calls."""
+    pad, calls = mx.pad, itertools.count()
+
+    def failing(*arguments):
+        if next(calls) == call:
+            raise RuntimeError("no memory")
+        return pad(*arguments)
+
+    return failing
+
+
 @pytest.mark.parametrize("broken", range(6))
 def test_a_cache_that_cannot_grow_is_as_it_was(monkeypatch, broken):
     cache = filled(np.random.default_rng(0), [FULL, WINDOWED, FULL], [9, 5])
     before = [np.array(array) for array in cache.arrays()]
-    pad, calls = mx.pad, itertools.count()
-
-    def failing(*arguments):
-        if next(calls) == broken:
-            raise RuntimeError("no memory")
-        return pad(*arguments)
-
+    failing = failing_at(broken)
     monkeypatch.setattr(layout.mx, "pad", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         cache.resize([20, 20])
@@ -127,12 +133,7 @@ def test_a_cache_that_cannot_grow_is_as_it_was(monkeypatch, broken):
 def test_a_cache_that_cannot_become_as_it_was_tells_why_it_could_not_grow(monkeypatch, broken):
     cache = filled(np.random.default_rng(0), [FULL, WINDOWED, FULL], [9, 5])
     before = [np.array(array) for array in cache.arrays()]
-    pad, calls = mx.pad, itertools.count()
-
-    def failing(*arguments):
-        if next(calls) == broken:
-            raise RuntimeError("no memory")
-        return pad(*arguments)
+    failing = failing_at(broken)
 
     def shrinking(*arguments, **options):
         raise RuntimeError("nor for this")
