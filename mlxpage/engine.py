@@ -314,7 +314,7 @@ class Engine:
                     + (", or leave kv_bits out." if self._is_quantised else ".")
                 )
                 for choice in request.choices:
-                    self.scheduler.withdraw(choice.seq)
+                    self.scheduler.blocks.withdraw(choice.seq)
                 self._served.end(request, error)
 
     def _fail(self, schedules: list[Schedule], error: Exception) -> None:
@@ -402,10 +402,10 @@ class Engine:
     def _end_what_outgrows(self) -> None:
         """Fails what was added when the pool could still grow, and will never fit."""
         self.pool.has_failed = False
-        limits = self.scheduler.limits
+        limits = self.scheduler.blocks.limits
         for seq in self.scheduler.outgrowing(limits):
             if request := self._served.request_of(seq):
-                longest = self.scheduler.max_tokens_of_a_sequence()
+                longest = self.scheduler.blocks.longest_sequence()
                 error = OutOfMemory(
                     f"the request may need {least_length(seq):,} tokens; the pool could not grow, "
                     f"and holds a sequence of at most {longest:,}. Free memory on this machine and "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from mlxpage.block_manager import BlockManager, Copy, Load
 from mlxpage.cache_group import CacheGroup
 from mlxpage.errors import InvalidRequest
 from mlxpage.outputs import FinishReason
@@ -44,11 +45,10 @@ class Schedule:
     num_scheduled_tokens: int = 0
     num_scored_tokens: int = 0
     """Of them, those whose prompt log-probabilities are wanted."""
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """(cache group, source, target): blocks to copy, in this order, before anything is written."""
-    loads: list[tuple[int, int, memoryview]] = field(default_factory=list)
-    """(cache group, block, content): what to put into blocks, after the copies and before the
-    rows of this step are written."""
+    copies: list[Copy] = field(default_factory=list)
+    """To be made in this order, before anything is written."""
+    loads: list[Load] = field(default_factory=list)
+    """To be made after the copies and before the rows of this step are written."""
     num_restored_tokens: int = 0
     """Positions that are found or read instead of computed, by who was admitted to do so."""
 
@@ -65,10 +65,6 @@ class Scheduler:
 
     Planning moves the state on as if the step had run already, so that a step may be planned
     while the one before it is still computing; `update` brings the tokens later.
-
-    A pool below its limit grows before a request waits, a sequence is preempted or a cached block
-    is handed out. So what is cached may fill the limit: it spares somebody the time of computing
-    it again, and the limit is the memory that was allowed. `keeps_cached` turns that off.
     """
 
     def __init__(
@@ -80,16 +76,15 @@ class Scheduler:
         prefix_cache: PrefixCache | None = None,
         make_larger: Callable[[int, int], bool] = lambda group, num_blocks: True,
     ):
-        """`make_larger(group, num_blocks)` makes what is behind a group's blocks so large, at once,
-        while a step is being planned; or it says False, and the pool stays as it is."""
+        """`make_larger`: see `BlockManager`; it is called while a step is being planned."""
         if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise InvalidRequest(
                 f"max_num_seqs is {max_num_seqs}; it must be from 1 to max_num_batched_tokens "
                 f"({max_num_batched_tokens}): every running sequence needs a token a step."
             )
         self.groups = groups
-        self._has_windows = any(group.window is not None for group in groups)
         self.prefix_cache = prefix_cache
+        self.blocks = BlockManager(groups, max_num_batched_tokens, prefix_cache, make_larger)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
@@ -97,9 +92,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Sorted in the order of service: the last one is preempted first."""
         self.num_preemptions = 0
-        self.keeps_cached = True
-        """Whether a pool grows rather than hand out what is cached."""
-        self._make_larger = make_larger
         self._num_ended = 0
         """Times that a sequence has given its blocks up."""
         self._refused: tuple = ()
@@ -109,21 +101,6 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
-
-    @property
-    def limits(self) -> list[int]:
-        """How many blocks each group's pool may have."""
-        return [group.pool.limit for group in self.groups]
-
-    def max_tokens_of_a_sequence(self, limits: list[int] | None = None) -> int:
-        """The longest sequence that the pools, or pools of such `limits`, can hold when it's
-        alone. Safe from any thread."""
-        chunk = self.max_num_batched_tokens
-        longest = []
-        for group, blocks in zip(self.groups, limits or self.limits, strict=True):
-            if group.window is None or blocks < group.blocks_for(2**62, chunk):
-                longest.append(blocks * group.block_size)
-        return min(longest, default=2**62)
 
     def add(self, seq: Sequence) -> None:
         """Queues a sequence. Raises `InvalidRequest` if the pools can never hold it."""
@@ -136,20 +113,19 @@ class Scheduler:
         """Lets `seq` and its forks end where the pools do, if they have no `max_tokens`. Raises
         `InvalidRequest` if the pools can never hold `seq`. Safe from any thread before it's added.
         """
-        limits = self.limits  # once: another thread may change them
-        longest = self.max_tokens_of_a_sequence(limits)
+        limits = self.blocks.limits  # once: another thread may change them
+        longest = self.blocks.longest_sequence(limits)
         for each in (seq, *seq.forks):
             _shorten(each, longest)
-        for group, limit in zip(self.groups, limits, strict=True):
-            need = group.blocks_for(seq.max_length, self.max_num_batched_tokens)
-            if need > limit:
-                raise InvalidRequest(
-                    f"the prompt's {seq.num_prompt_tokens:,} tokens and up to "
-                    f"{seq.max_length - seq.num_prompt_tokens:,} new ones need {need:,} blocks of "
-                    f"{group.block_size} tokens; the pool holds {limit:,} (a "
-                    f"sequence of at most {longest:,} tokens). Shorten the prompt, lower "
-                    f"max_tokens, or give the pool more (memory or num_blocks)."
-                )
+        if overrun := self.blocks.overrun(seq.max_length, limits):
+            need, limit = overrun
+            raise InvalidRequest(
+                f"the prompt's {seq.num_prompt_tokens:,} tokens and up to "
+                f"{seq.max_length - seq.num_prompt_tokens:,} new ones need {need:,} blocks of "
+                f"{self.groups[0].block_size} tokens; the pool holds {limit:,} (a "
+                f"sequence of at most {longest:,} tokens). Shorten the prompt, lower "
+                f"max_tokens, or give the pool more (memory or num_blocks)."
+            )
 
     def schedule(self) -> Schedule:
         """Plans a step. An empty schedule: nothing to compute before the next `update`."""
@@ -167,11 +143,11 @@ class Scheduler:
             size = self.groups[0].block_size
             for seq in self.running:
                 if seq.num_computed_tokens >= (seq.num_committed_blocks + 1) * size:
-                    self._commit(seq)
-        if self._has_windows:
+                    self.blocks.commit(seq)
+        if self.blocks.has_windows:
             # The steps that still read it have been planned.
             for seq in self.running:
-                self._give_back(seq)
+                self.blocks.give_back(seq)
         running = self.running
         budget = self.max_num_batched_tokens
         index = 0
@@ -194,21 +170,21 @@ class Scheduler:
             # A preempted sequence may still wait for its last token: it can't be fed before.
             if not budget or seq.num_pending or self._still_has_no_room(seq):
                 break
-            self._take_cached(seq)
+            self.blocks.share_cached(seq)
             if not self._grant(seq, budget, schedule) or not self._fits(seq):
                 found = seq.num_committed_blocks
-                self._release(seq)
+                self.blocks.release(seq)
                 self._refused = (seq.id, self._num_ended, *seq.block_keys[found : found + 1])
                 break
             heapq.heappop(self.waiting)
             seq.status = Status.RUNNING
             insort(running, seq)
-            self._take_tail(seq, schedule)
-            self._count_cached(seq)
+            schedule.copies += self.blocks.copy_tail(seq)
+            self.blocks.count_cached(seq)
             if not self._restore(seq, schedule):
                 continue
             granted = self._grant(seq, budget, schedule)
-            self._grow(seq, granted)
+            schedule.copies += self.blocks.allocate(seq, granted)
             self._plan(schedule, seq, granted)
 
     def _grant(self, seq: Sequence, budget: int, schedule: Schedule) -> int:
@@ -235,7 +211,7 @@ class Scheduler:
         # All rows of chunks are written before any row of the step reads. A single row is written
         # by its own attention: others may read it in the next step.
         if granted > 1:
-            self._commit(seq)
+            self.blocks.commit(seq)
 
     # -- forks --
 
@@ -262,63 +238,22 @@ class Scheduler:
 
     def _branch(self, parent: Sequence, child: Sequence) -> bool:
         """Lets `child` run on the blocks of `parent`, if it's its turn and there is a seat and
-        room; otherwise it has to wait, and will find what is cached then.
-
-        It computes its last token again, for what comes after it. Whoever writes first into a
-        block of both gets a copy.
-        """
+        room; otherwise it has to wait, and will find what is cached then."""
         is_next = not self.waiting or child < self.waiting[0]
         has_seat = len(self.running) < self.max_num_seqs
         if not (is_next and has_seat and parent.status is Status.RUNNING):
             return False
-        computed = min(parent.num_computed_tokens, len(child.token_ids) - 1)
-        tables = zip(self.groups, parent.block_tables, strict=True)
-        branches = [group.branch(table, computed) for group, table in tables]
-        child.block_tables = [branch or [] for branch in branches]
-        child.block_keys = parent.block_keys[: computed // self.groups[0].block_size]
-        child.num_computed_tokens = computed
-        child.num_committed_blocks = min(
-            parent.num_committed_blocks, computed // self.groups[0].block_size
-        )
-        if None in branches or not self._fits(child):
-            self._release(child)
+        if not self.blocks.branch(parent, child):
             return False
-        child.num_cached_tokens = min(computed, child.num_prompt_tokens)
+        if not self._fits(child):
+            self.blocks.release(child)
+            return False
+        child.num_cached_tokens = min(child.num_computed_tokens, child.num_prompt_tokens)
         child.status = Status.RUNNING
         insort(self.running, child)
         return True
 
-    # -- prefixes --
-
-    def _take_cached(self, seq: Sequence) -> None:
-        """Gives `seq` what is cached of its tokens, unless their logits are wanted too."""
-        if self.prefix_cache is None or seq.is_scored:
-            return
-        seq.block_tables = self.prefix_cache.match(seq)
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
-            group.pool.share(table)
-        size = self.groups[0].block_size
-        seq.num_committed_blocks = len(seq.block_tables[0])
-        seq.num_computed_tokens = seq.num_committed_blocks * size
-        # What is read is a chunk of whole blocks; pools are sized for chunks that are computed.
-        if self.max_num_batched_tokens >= size:
-            seq.num_stored_tokens = self.prefix_cache.match_stored(seq) * size
-
-    def _take_tail(self, seq: Sequence, schedule: Schedule) -> None:
-        """Lets `seq` go on in a copy of a cached tail, if there is one. The next block to be handed
-        out may be that tail itself: whoever gets it writes after it was copied."""
-        if self.prefix_cache is None or seq.is_scored:
-            return
-        if seq.num_stored_tokens > seq.num_computed_tokens:
-            return
-        num_tokens, sources = self.prefix_cache.match_tail(seq)
-        if not num_tokens:
-            return
-        for index, (table, source) in enumerate(zip(seq.block_tables, sources, strict=True)):
-            self._take(index, table, 1)
-            schedule.copies.append((index, source, table[-1]))
-        seq.num_computed_tokens += num_tokens
-        self._give_back(seq)
+    # -- blocks --
 
     def _restore(self, seq: Sequence, schedule: Schedule) -> bool:
         """Reads what is stored of the next tokens of `seq`, at most as many as a step computes, in
@@ -331,41 +266,15 @@ class Scheduler:
         count = min(left, self.max_num_batched_tokens - schedule.num_restored_tokens) // size
         if count == 0 or not self._make_room(seq, count * size, schedule):
             return False
-        first, until = seq.num_computed_tokens // size, seq.num_stored_tokens // size
-        last, loads = self.prefix_cache.restore(seq, first, first + count, until)
-        if last < first + count:
-            seq.num_stored_tokens = last * size
-            self._truncate(seq, last)
-            if self._has_windows:  # a shorter prefix needs what wasn't read, or is given up already
-                self._release(seq)
-                self._take_cached(seq)
-                self._count_restored(seq)
-                return seq.num_computed_tokens >= seq.num_stored_tokens
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
-            group.drop(table, min(last, group.first_readable(until * size)))
+        restored, loads = self.blocks.restore(seq, count * size)
         schedule.loads += loads
-        schedule.num_restored_tokens += (last - first) * size
-        seq.num_computed_tokens = last * size
-        self._commit(seq)
-        self._count_restored(seq)
+        schedule.num_restored_tokens += restored
         return seq.num_computed_tokens >= seq.num_stored_tokens
-
-    def _truncate(self, seq: Sequence, count: int) -> None:
-        """Gives back the blocks after the first `count`."""
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
-            group.pool.free(table[count:])
-            del table[count:]
-
-    def _count_restored(self, seq: Sequence) -> None:
-        if seq.num_preemptions == 0:
-            cached = min(seq.num_computed_tokens, seq.num_prompt_tokens)
-            self.prefix_cache.num_hit_tokens += cached - seq.num_cached_tokens
-            seq.num_cached_tokens = cached
 
     def _still_has_no_room(self, seq: Sequence) -> bool:
         """Whether `seq` was refused before and nothing has changed for it: to look for a long
         prefix in each step takes time. Without windows, running sequences only want more."""
-        if not self.running or self._has_windows or self.prefix_cache is None:
+        if not self.running or self.blocks.has_windows or self.prefix_cache is None:
             return False
         if self._refused[:2] != (seq.id, self._num_ended):
             return False
@@ -373,100 +282,17 @@ class Scheduler:
             group.pool.find(key) is None for group in self.groups for key in self._refused[2:]
         )
 
-    def _count_cached(self, seq: Sequence) -> None:
-        was_looked_for = self.prefix_cache is not None and not seq.is_scored
-        if was_looked_for and seq.num_preemptions == 0:
-            # A fork that had to wait may find what its parent has generated, too.
-            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
-            self.prefix_cache.num_queried_tokens += seq.num_prompt_tokens
-            self.prefix_cache.num_hit_tokens += seq.num_cached_tokens
-
-    def _commit(self, seq: Sequence) -> None:
-        if self.prefix_cache is not None:
-            self.prefix_cache.commit(seq, seq.num_computed_tokens)
-
-    def withdraw(self, seq: Sequence) -> None:
-        """Makes nobody else find the K and V of `seq`, which have proved wrong."""
-        if self.prefix_cache is not None:
-            self.prefix_cache.withdraw(seq)
-            # Not again when it ends.
-            seq.num_committed_blocks = seq.max_length
-
-    # -- blocks --
-
-    def _give_back(self, seq: Sequence) -> None:
-        """Frees what has left the windows."""
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
-            if group.window is not None:
-                group.give_back(table, seq.num_computed_tokens)
-
     def _make_room(self, seq: Sequence, granted: int, schedule: Schedule) -> bool:
         """Gives `seq` the blocks for its next tokens, preempting the newest sequences if it must;
         False if that took `seq` itself."""
-        start, end = seq.num_computed_tokens, seq.num_computed_tokens + granted
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
-            if not group.has_place(table, start, end):
-                break
-        else:
+        if self.blocks.has_place(seq, granted):
             return True
-        while not self._has_room(seq, granted):
+        while not self.blocks.find_room(seq, granted):
             victim = self.running.pop()
             self._preempt(victim, schedule)
             if victim is seq:
                 return False
-        for index, (group, table) in enumerate(zip(self.groups, seq.block_tables, strict=True)):
-            if group.is_shared(table, start):
-                self._keep_cached(index, 1)
-                copied = group.copy_shared(table, start)
-                schedule.copies.append((index, *copied))
-        self._grow(seq, granted)
-        return True
-
-    def _has_room(self, seq: Sequence, granted: int) -> bool:
-        start = seq.num_computed_tokens
-        return self._find_room(
-            group.wanted(table, start, start + granted)
-            for group, table in zip(self.groups, seq.block_tables, strict=True)
-        )
-
-    def _grow(self, seq: Sequence, granted: int) -> None:
-        for index, (group, table) in enumerate(zip(self.groups, seq.block_tables, strict=True)):
-            if (missing := group.missing(table, seq.num_computed_tokens + granted)) > 0:
-                self._take(index, table, missing)
-
-    def _take(self, index: int, table: list[int], count: int) -> None:
-        self._keep_cached(index, count)
-        self.groups[index].grow(table, count)
-
-    def _find_room(self, wanted: Iterable[int]) -> bool:
-        """Whether each group has so many free blocks, once those that have too few have grown;
-        none grows in vain."""
-        missing = [
-            max(0, count - group.pool.num_free)
-            for group, count in zip(self.groups, wanted, strict=True)
-        ]
-        if any(
-            count > group.pool.num_to_come
-            for group, count in zip(self.groups, missing, strict=True)
-        ):
-            return False
-        return all(not count or self._enlarge(index, count) for index, count in enumerate(missing))
-
-    def _keep_cached(self, index: int, count: int) -> None:
-        """Makes so many blocks ready to be taken without a cached one among them, if it can."""
-        pool = self.groups[index].pool
-        if count > pool.num_empty and pool.num_to_come and self.keeps_cached:
-            self._enlarge(index, count - pool.num_empty)
-
-    def _enlarge(self, index: int, count: int) -> bool:
-        """Adds `count` blocks to a pool, or all that may come if that's fewer; and always half of
-        what it has, so that not every step copies it."""
-        pool = self.groups[index].pool
-        least = max(pool.num_blocks + max(count, pool.num_blocks // 2), pool.start)
-        num_blocks = min(least, pool.limit)
-        if not self._make_larger(index, num_blocks):
-            return False
-        pool.grow(num_blocks)
+        schedule.copies += self.blocks.allocate(seq, granted)
         return True
 
     def _preempt(self, seq: Sequence, schedule: Schedule) -> None:
@@ -478,17 +304,8 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _give_up(self, seq: Sequence) -> None:
-        """Releases the blocks of `seq`, which others, or itself, may find again."""
-        if self.prefix_cache is not None and seq.num_computed_tokens:
-            self._commit(seq)
-            self.prefix_cache.commit_tail(seq)
         self._num_ended += 1
-        self._release(seq)
-
-    def _release(self, seq: Sequence) -> None:
-        for group, table in zip(self.groups, seq.block_tables, strict=True):
-            group.release(table)
-        seq.num_computed_tokens = seq.num_committed_blocks = seq.num_stored_tokens = 0
+        self.blocks.give_up(seq)
 
     def _fits(self, seq: Sequence) -> bool:
         """Whether `seq` can be admitted and everyone, with it, can grow for a while.
@@ -499,22 +316,7 @@ class Scheduler:
         fourth it is all that anyone can ever ask for. Who comes later is preempted earlier, so
         there is no fifth; only a newcomer of better priority can cost one more.
         """
-        ahead = self._reserve(seq)
-        wanted = []
-        for index, group in enumerate(self.groups):
-            room = most = group.pool.num_free + group.pool.num_to_come
-            for other in (seq, *self.running):
-                end = min(other.max_length, other.num_tokens + ahead * group.block_size)
-                table = other.block_tables[index]
-                chunk = min(
-                    other.num_tokens - other.num_computed_tokens, self.max_num_batched_tokens
-                )
-                room -= max(0, group.blocks_for(end, chunk) - group.held(table))
-                room -= group.is_shared(table, other.num_computed_tokens)
-                if room < 0:
-                    return False
-            wanted.append(most - room)
-        return self._find_room(wanted)
+        return self.blocks.find_room_to_grow([seq, *self.running], self._reserve(seq))
 
     def _reserve(self, seq: Sequence) -> float:
         """Blocks of growth for each running sequence; infinite: up to their `max_length`.
@@ -533,7 +335,7 @@ class Scheduler:
         are that long already: they have ended. Raises InvalidRequest, and changes nothing, if a
         sequence could never end in the new pools.
         """
-        longest = self.max_tokens_of_a_sequence(limits)
+        longest = self.blocks.longest_sequence(limits)
         if outgrowing := self.outgrowing(limits):
             raise InvalidRequest(
                 f"a request needs room for {least_length(outgrowing[0]):,} tokens; the pool would "
@@ -554,14 +356,7 @@ class Scheduler:
 
     def outgrowing(self, limits: list[int]) -> list[Sequence]:
         """The sequences that could never end in pools of such `limits`."""
-        return [
-            seq
-            for seq in self._unfinished()
-            if any(
-                group.blocks_for(least_length(seq), self.max_num_batched_tokens) > limit
-                for group, limit in zip(self.groups, limits, strict=True)
-            )
-        ]
+        return [seq for seq in self._unfinished() if self.blocks.overrun(least_length(seq), limits)]
 
     def _unfinished(self) -> Iterator[Sequence]:
         for seq in (*self.running, *self.waiting):
@@ -571,15 +366,10 @@ class Scheduler:
     def shrink(self, sizes: list[int]) -> list[list[tuple[int, int]]]:
         """Makes each group's pool so small, between two steps, and returns what each has to move,
         as `BlockPool.shrink` does. The newest sequences are preempted until the rest fits."""
-        while any(g.pool.num_used > n for g, n in zip(self.groups, sizes, strict=True)):
+        while self.blocks.is_over(sizes):
             self._preempt(self.running.pop(), Schedule())
-        moves = [g.pool.shrink(n) for g, n in zip(self.groups, sizes, strict=True)]
-        targets = [dict(each) for each in moves]
-        for seq in self.running:
-            for table, renamed in zip(seq.block_tables, targets, strict=True):
-                table[:] = [renamed.get(block, block) for block in table]
         self._refused = ()
-        return moves
+        return self.blocks.shrink(sizes, self.running)
 
     # -- results --
 
@@ -632,10 +422,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Recounts every pool; AssertionError if a block is lost or unknown."""
-        sequences = [*self.running, *self.waiting]
-        for index, group in enumerate(self.groups):
-            tables = [seq.block_tables[index] for seq in sequences]
-            group.pool.check(tables)
+        self.blocks.check([*self.running, *self.waiting])
 
 
 def least_length(seq: Sequence) -> int:

@@ -84,7 +84,7 @@ class Upkeep:
         if now - self._looked_at >= PRESSURE_SECONDS:
             self._looked_at = now
             before, self._level = self._level, self._pressure()
-            engine.scheduler.keeps_cached = self._level <= NORMAL
+            engine.scheduler.blocks.keeps_cached = self._level <= NORMAL
             if self._level > before:
                 engine.trim(cached=self._level >= CRITICAL)
         return self._looked_at + PRESSURE_SECONDS - now

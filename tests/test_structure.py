@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 MODULES = {
     "common": {"errors", "sampling_params", "outputs", "blas", "sizes"}
     | {"model_store", "block_store"},
-    "paper": {"beam_search", "block_pool", "cache_group", "prefix_cache", "sequence", "scheduler"},
+    "paper": {"beam_search", "block_pool", "block_manager", "cache_group", "prefix_cache"}
+    | {"sequence", "scheduler"},
     "metal": {"metal"},
     "hall": {
         "batch",

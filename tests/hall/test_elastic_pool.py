@@ -70,7 +70,7 @@ class Resizer:
         if step // self.every % 2:
             for index, group in enumerate(engine.scheduler.groups):
                 if group.pool.num_to_come:
-                    self.watch(lambda i=index: engine.scheduler._enlarge(i, 2**30))
+                    self.watch(lambda i=index: engine.scheduler.blocks.enlarge(i, 2**30))
         else:
             self.watch(lambda: engine.trim(cached=step // self.every % 4 == 2))
         engine.scheduler.check()
@@ -246,7 +246,7 @@ def test_a_request_without_max_tokens_ends_where_the_smaller_pool_does():
     for _ in range(3):
         served.step()
     served.set_memory(budget(served, 20))
-    longest = served.scheduler.max_tokens_of_a_sequence()
+    longest = served.scheduler.blocks.longest_sequence()
     for _ in range(longest):
         served.step()
     assert not served.has_work
@@ -300,7 +300,7 @@ def test_a_request_made_before_the_pool_got_smaller_can_be_added_after():
     request = served.request([1] * 30, SamplingParams(temperature=0, n=2), events.append)
     served.set_memory(budget(served, 20))
     served.add(request)
-    longest = served.scheduler.max_tokens_of_a_sequence()
+    longest = served.scheduler.blocks.longest_sequence()
     for _ in range(2 * longest):
         served.step()
     assert not served.has_work

@@ -20,7 +20,7 @@ class Machine:
             has_work=False,
             num_steps=0,
             has_disk=False,
-            scheduler=SimpleNamespace(keeps_cached=True),
+            scheduler=SimpleNamespace(blocks=SimpleNamespace(keeps_cached=True)),
             trim=lambda cached=False: self.trims.append(cached),
         )
 
@@ -88,7 +88,7 @@ def test_pressure_takes_empty_blocks_then_cached_ones_once_each():
     for level in (NORMAL, WARNING, WARNING, CRITICAL, CRITICAL, WARNING, NORMAL, CRITICAL):
         machine.level = level
         assert upkeep.run(machine.engine) == 1
-        told.append((len(machine.trims), machine.engine.scheduler.keeps_cached))
+        told.append((len(machine.trims), machine.engine.scheduler.blocks.keeps_cached))
         machine.time += 1
     assert machine.trims == [False, True, True]
     assert [count for count, _ in told] == [0, 1, 1, 2, 2, 2, 2, 3]

@@ -184,7 +184,7 @@ def test_what_is_withdrawn_is_not_found_nor_put_back():
     world = make_world()
     seq = world.add(alike(17, new=20))
     world.step()
-    world.scheduler.withdraw(seq)
+    world.scheduler.blocks.withdraw(seq)
     for _ in range(6):
         world.step()
     world.abort(seq)
@@ -213,7 +213,7 @@ def test_what_has_left_the_window_is_withdrawn_too():
     for _ in range(12):
         world.step()
     assert world.scheduler.groups[0].pool.num_free_cached, "blocks were given back"
-    world.scheduler.withdraw(seq)
+    world.scheduler.blocks.withdraw(seq)
     world.abort(seq)
     assert world.scheduler.groups[0].pool.num_free_cached == 0
 

@@ -522,7 +522,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
 def test_every_group_must_hold_a_request():
     groups = [CacheGroup(100, 4), CacheGroup(10, 4)]
     scheduler = Scheduler(groups, max_num_seqs=4, max_num_batched_tokens=16)
-    assert scheduler.max_tokens_of_a_sequence() == 40
+    assert scheduler.blocks.longest_sequence() == 40
     scheduler.add(sequence(0, 30, new=10))
     with pytest.raises(InvalidRequest, match="11 blocks of 4 tokens; the pool holds 10 "):
         scheduler.add(sequence(1, 30, new=11, max_tokens=11))
@@ -530,9 +530,9 @@ def test_every_group_must_hold_a_request():
 
 def test_a_windowed_group_holds_any_length_if_it_holds_a_window_and_a_chunk():
     # 11 positions before the chunk, 16 in it, a block cut at each end: 27 // 4 + 2 blocks.
-    assert make(8, 4, window=12, tokens=16).max_tokens_of_a_sequence() > 10**9
+    assert make(8, 4, window=12, tokens=16).blocks.longest_sequence() > 10**9
     scheduler = make(7, 4, window=12, tokens=16)
-    assert scheduler.max_tokens_of_a_sequence() == 28
+    assert scheduler.blocks.longest_sequence() == 28
     scheduler.add(sequence(0, 20, new=8))
     with pytest.raises(InvalidRequest, match="8 blocks of 4 tokens; the pool holds 7 "):
         scheduler.add(sequence(1, 20, new=9, max_tokens=9))
@@ -540,7 +540,7 @@ def test_a_windowed_group_holds_any_length_if_it_holds_a_window_and_a_chunk():
 
 def test_the_longest_sequence_that_fits_is_served_alone():
     world = World(make(num_blocks=10, block_size=4))
-    longest = world.scheduler.max_tokens_of_a_sequence()
+    longest = world.scheduler.blocks.longest_sequence()
     world.add(Request(prompt=30, new=longest - 30))
     world.add(Request(prompt=1, new=longest - 1))
     world.run()
@@ -683,7 +683,7 @@ def test_a_pool_that_cannot_grow_preempts_as_a_full_one_does():
 def test_a_pool_grows_rather_than_lose_what_is_cached_unless_it_is_told(keeps_cached):
     grown = []
     scheduler = make_elastic(10, 100, prefix_cache=True, grown=grown)
-    scheduler.keeps_cached = keeps_cached
+    scheduler.blocks.keeps_cached = keeps_cached
     for id in (0, 1):
         add(scheduler, sequence(id, 24 + id, new=1))
         while scheduler.has_work:
@@ -698,7 +698,7 @@ def test_a_pool_grows_rather_than_lose_what_is_cached_unless_it_is_told(keeps_ca
 
 def test_capacity_is_what_a_pool_may_grow_to():
     scheduler = make_elastic(2, 20)
-    assert scheduler.max_tokens_of_a_sequence() == 80
+    assert scheduler.blocks.longest_sequence() == 80
     scheduler.limit_length(sequence(0, 30, new=50, max_tokens=50))
     with pytest.raises(InvalidRequest, match="need 21 blocks of 4 tokens; the pool holds 20"):
         scheduler.limit_length(sequence(0, 31, new=50, max_tokens=50))
@@ -711,7 +711,7 @@ def test_limits_in_which_a_sequence_could_never_end_are_refused():
     for limit, told in ((7, "room for 30 tokens; .* at most 28"), (2, "Give it more")):
         with pytest.raises(InvalidRequest, match=told):
             scheduler.set_limits([limit])
-    assert scheduler.limits == [20]
+    assert scheduler.blocks.limits == [20]
     scheduler.set_limits([8])
     assert [seq.max_length for seq in scheduler.running] == [30, 32], "asked for, and not"
 

@@ -215,11 +215,11 @@ class World:
 
     def set_limits(self, limits: list[int]) -> None:
         """To where `shrink` has to follow, if nobody's length forbids it."""
-        before = self.scheduler.limits
+        before = self.scheduler.blocks.limits
         try:
             self.scheduler.set_limits(limits)
         except InvalidRequest:
-            assert self.scheduler.limits == before
+            assert self.scheduler.blocks.limits == before
             self.num_refused_limits += 1
             return
         self.num_limits += 1
