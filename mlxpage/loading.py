@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +51,40 @@ def load_engine(
                 raise EngineError(reason) from error
 
     sizing.check_weights(folder, sizes["memory"])
-    before = None if disk is None else fingerprint(folder)
+    before = disk and _fingerprint(folder)
     loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
     loaded.quantise_cache(*kv_bits)
     plan = sizing.plan(loaded, **sizes, **limits)
     served = choice.checked(loaded, sizes["block_size"], backend, on_status)
     tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
     options = {"defaults": defaults, "seed": seed, "backend": served, "prefix_cache": prefix_cache}
-    if disk is None or fingerprint(folder) != before:  # its files have been replaced meanwhile
+    if before is not None and _fingerprint(folder) != before:
+        _warn_of_no_disk(f"{folder} has changed while it was loaded")
+        before = None
+    if before is None:
         return Engine(loaded, tokenizer, plan, **options, **limits)
     told = disk_tier.facts(loaded, before, plan.block_size)
-    # Closed with the engine, which has something to store before that.
-    store = BlockStore(disk[0], told, disk[1], closes_at_exit=False)
+    store = BlockStore(disk[0], told, disk[1])  # closed with the engine
     try:
         tier = disk_tier.DiskTier(store)
         return Engine(loaded, tokenizer, plan, tier=tier, **options, **limits)
     except BaseException:
         store.close()
         raise
+
+
+def _fingerprint(folder: Path) -> str | None:
+    try:
+        return fingerprint(folder)
+    except (OSError, ValueError) as error:
+        _warn_of_no_disk(f"{folder} can't be told from other models: {error}")
+        return None
+
+
+def _warn_of_no_disk(reason: str) -> None:
+    with suppress(RuntimeWarning):  # where warnings are errors, the model is served all the same
+        warnings.warn(
+            f"{reason}. Blocks are neither stored in cache_dir nor read from it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

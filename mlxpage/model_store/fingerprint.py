@@ -7,19 +7,26 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+from mlxpage.model_store.check import weight_files
+
 _PIECES = 4
 _PIECE_BYTES = 1024
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of a model's configuration and weights, in hex: of all headers, and of four pieces
-    of each tensor. A training changes nearly every number of the tensors that it changes at all."""
+    """A digest of a model's configuration and weights, in hex. Of weights it takes the header, four
+    pieces of each tensor, and the file's size and time of change: a training may leave most of a
+    tensor as it was. The copy of a model, with another time, is another one.
+
+    Raises OSError or ValueError for files that can't be read.
+    """
     digest = sha256()
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(path for path in folder.glob("*.json") if path.is_file()):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         digest.update(file.read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+    for file in weight_files(folder):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns} ".encode())
         for part in _parts(file):
             digest.update(part)
     return digest.hexdigest()
