@@ -26,9 +26,11 @@ Found = tuple[int, int, bytes]
 class DiskTier:
     """The blocks of a store, by cache group and key; and what is put there of the pools.
 
-    A block is stored when it's handed out again, at the latest. To read it, the steps under way
-    have to end, so those that are next in line go with it. What the pools hold and the store
-    doesn't is stored when there's time.
+    A block is stored when it's handed out again, at the latest, if the store's queue has room for
+    it. To read it, the steps under way have to end, so those that are next in line go with it. What
+    the pools hold and the store doesn't is stored when there's time.
+
+    In the store goes first what the pools let go first: the end of a prompt before its head.
     """
 
     def __init__(self, store: BlockStore):
@@ -36,8 +38,9 @@ class DiskTier:
         self._is_read = True
         self._unreadable: set[bytes] = set()
         """What is there and couldn't be read: nobody has to try again."""
-        self._left: list[Found] | None = None
-        """What is still to be stored, of what was cached when storing began."""
+        self._left: list[tuple[int, bytes]] | None = None
+        """Cache groups and keys still to be stored when there's time, the first one last; None:
+        nobody has looked since the last step."""
 
     # -- for the prefix cache --
 
@@ -75,61 +78,72 @@ class DiskTier:
     def store_evicted(self, prefixes: PrefixCache, cache: KVCache, schedule: Schedule) -> None:
         """Stores what the plan of a step has handed out again; to be called before that step
         begins. Nobody waits for the disk: what its queue hasn't room for is lost."""
+        self._left = None
         evicted = prefixes.take_evicted()
-        if not evicted or not self.store.may_write():
+        kept = [_name(group, key) for group, _, key in evicted if self.keeps(group, key)]
+        self.store.touch(kept)
+        if len(kept) == len(evicted) or not self.store.may_write():
             return
+        evicted = [each for each in evicted if not self.keeps(each[0], each[2])]
         # Not what is in use: the step that is about to begin may be the one that computes it. Nor
         # what is yet to be loaded, for somebody who was preempted meanwhile.
         loads = {load[:2] for load in schedule.loads}
         ahead = [each for each in prefixes.next_in_line(_LOOKED_AT) if each[:2] not in loads]
-        self._store(cache, [*evicted, *ahead[:_AT_ONCE]])
+        self._store(cache, [*evicted, *ahead[:_AT_ONCE]][: self._room(cache)])
 
     def store_some(self, prefixes: PrefixCache, cache: KVCache) -> bool:
-        """Stores some of what was cached when this began, as far as the store has room for it,
-        what was used last at last; True if there is more, now or when the queue has room."""
-        if self._left is None:
-            self._left = self._worth_storing(prefixes, cache)[::-1]
+        """Stores some of what is cached, as far as the queue has room for it, what was used last
+        at last; True if there is more, now or when the queue has room."""
         if not self.store.may_write():
-            self._left = None
             return False
-        count, nbytes = self._batch(cache)
-        if self.store.has_room(nbytes):
-            some, self._left = self._left[:count], self._left[count:]
-            if not self._store(cache, [each for each in some if prefixes.is_alone(*each)]):
-                self._left = []
-        if self._left:
-            return True
-        self._left = None
-        return False
+        if self._left is None:
+            self._left = self._worth_storing(prefixes, cache)
+        self._store_next(self._left, prefixes, cache)
+        return bool(self._left)
 
     def store_within(self, seconds: float, prefixes: PrefixCache, cache: KVCache) -> None:
         """The same at once and as far as there is time, what was used last first."""
         end = time.monotonic() + seconds
-        left = [e for e in self._worth_storing(prefixes, cache) if prefixes.is_alone(*e)]
-        count, nbytes = self._batch(cache)
-        while left and time.monotonic() < end and self.store.may_write():
-            some, left = left[:count], left[count:]
-            if not self.store.has_room(nbytes):
-                self.store.flush()
-            if not self._store(cache, some):
-                break
+        worth = self._worth_storing(prefixes, cache)
+        left = worth[::-1]
+        while left and self.store.may_write() and (rest := end - time.monotonic()) > 0:
+            if self._room(cache):
+                self._store_next(left, prefixes, cache)
+            else:
+                self.store.flush(rest)
+        self.store.flush(max(0.0, end - time.monotonic()))
+        self.store.touch(_name(*each) for each in reversed(worth))
 
-    def _worth_storing(self, prefixes: PrefixCache, cache: KVCache) -> list[Found]:
-        """What was used last, as much as the store may hold: more would drive out the rest."""
+    def _store_next(
+        self, left: list[tuple[int, bytes]], prefixes: PrefixCache, cache: KVCache
+    ) -> None:
+        """Takes from the end of `left` what can be stored at once."""
+        blocks, most = [], min(_AT_ONCE, self._room(cache))
+        while left and len(blocks) < most:
+            group, key = left.pop()
+            block = prefixes.find(group, key)
+            if block is not None and not self.keeps(group, key):
+                blocks.append((group, block, key))
+        if not self._store(cache, blocks):
+            left.clear()
+
+    def _worth_storing(self, prefixes: PrefixCache, cache: KVCache) -> list[tuple[int, bytes]]:
+        """What was used last first, as much as the store may hold: more would drive that out."""
         found, left = [], self.store.limit_bytes
-        sizes = [cache.block_nbytes(group) + _FILE_BYTES for group in range(len(cache.num_blocks))]
-        for each in prefixes.cached():
-            left -= sizes[each[0]]
+        sizes = _block_sizes(cache)
+        if max(sizes) > self.store.queue_bytes:
+            return []
+        for group, _, key in prefixes.cached():
+            left -= sizes[group] + _FILE_BYTES
             if left < 0:
                 break
-            found.append(each)
+            found.append((group, key))
         return found
 
-    def _batch(self, cache: KVCache) -> tuple[int, int]:
-        """How many blocks the queue takes at once, and their bytes."""
-        largest = max(cache.block_nbytes(group) for group in range(len(cache.num_blocks)))
-        count = max(1, min(_AT_ONCE, self.store.queue_bytes // largest))
-        return count, count * largest
+    def _room(self, cache: KVCache) -> int:
+        """How many blocks the queue takes. To read more of them would only cost time, and all that
+        is read at once is in memory until the last of it is written."""
+        return self.store.room() // max(_block_sizes(cache))
 
     def _store(self, cache: KVCache, blocks: list[Found]) -> bool:
         """False if a step under way has failed: who reads its results will tell, and nothing that
@@ -147,6 +161,10 @@ class DiskTier:
                     if self.store.put(name, content):
                         self._unreadable.discard(name)
         return True
+
+
+def _block_sizes(cache: KVCache) -> list[int]:
+    return [cache.block_nbytes(group) for group in range(len(cache.num_blocks))]
 
 
 def _name(group: int, key: bytes) -> bytes:

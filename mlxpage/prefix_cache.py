@@ -93,7 +93,7 @@ class PrefixCache:
         return self._keys(seq, (len(seq.token_ids) - 1) // self._block_size)
 
     def _has(self, index: int, key: bytes) -> bool:
-        return self._groups[index].pool.find(key) is not None
+        return self.find(index, key) is not None
 
     def _longest(self, keys: list[bytes], has: Callable[[int, bytes], bool]) -> int:
         """The most of the first blocks that all groups have what they need of."""
@@ -131,22 +131,22 @@ class PrefixCache:
 
     def take_evicted(self) -> list[tuple[int, int, bytes]]:
         """(cache group, block, key) of the full blocks that were handed out again since the last
-        call, and aren't in the second tier: they keep what they hold until the next step."""
+        call: they keep what they hold until the next step."""
         evicted = []
         for index, group in enumerate(self._groups):
             evicted += [(index, block, key) for block, key in group.pool.evicted or ()]
             if group.pool.evicted:
                 group.pool.evicted = []
-        return [each for each in evicted if self._is_to_be_stored(*each)]
+        return [each for each in evicted if self._is_full(each[2])]
 
     def next_in_line(self, looked_at: int) -> list[tuple[int, int, bytes]]:
-        """(cache group, block, key) as in `take_evicted`, of the blocks that will be handed out
-        next; so many of each pool are looked at."""
+        """(cache group, block, key) of the full blocks that will be handed out next and aren't in
+        the second tier; so many of each pool are looked at."""
         return [
             (index, block, key)
             for index, group in enumerate(self._groups)
             for block, key in islice(group.pool.free_cached(), looked_at)
-            if self._is_to_be_stored(index, block, key)
+            if self._is_full(key) and not self.tier.keeps(index, key)
         ]
 
     def cached(self) -> list[tuple[int, int, bytes]]:
@@ -161,13 +161,9 @@ class PrefixCache:
         side_by_side = chain.from_iterable(zip_longest(*found))
         return [each for each in side_by_side if each and self._is_full(each[2])]
 
-    def is_alone(self, index: int, block: int, key: bytes) -> bool:
-        """Whether a block still holds what it did, and only the pool does."""
-        is_there = self._groups[index].pool.find(key) == block
-        return is_there and self._is_to_be_stored(index, block, key)
-
-    def _is_to_be_stored(self, index: int, block: int, key: bytes) -> bool:
-        return self._is_full(key) and not self.tier.keeps(index, key)
+    def find(self, index: int, key: bytes) -> int | None:
+        """The block of a group that is cached under `key`."""
+        return self._groups[index].pool.find(key)
 
     def _is_full(self, key: bytes) -> bool:
         """Whether a key is not a tail's, which is shorter."""

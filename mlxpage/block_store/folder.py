@@ -2,7 +2,8 @@
 
     lock                     held by the one process that writes
     <identity>/facts.json    what the blocks beside it are of, for people
-    <identity>/<2 digits>/<64 digits>        a block; its time of change is that of its last use
+    <identity>/<2 digits>/<64 digits>        a block; the longer ago its time of change, the
+                                             earlier it goes
     <identity>/<2 digits>/<64 digits>.tmp    one that is being written
 
 Digits are hexadecimal. Whatever else lies there is left alone.
@@ -62,6 +63,12 @@ def take_lock(folder: str) -> int | None:
         os.close(lock)
         raise
     return lock
+
+
+def release(lock: int) -> None:
+    # Closing it isn't enough: a child that this process has forked has it open too.
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
 
 
 def walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -152,7 +159,7 @@ def clear(folder: str) -> dict[str, int]:
                 remove_empty(home)
     finally:
         if lock is not None:
-            os.close(lock)
+            release(lock)
     return {"blocks": removed, "bytes": size}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import time
 import warnings
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,8 @@ class _File:
 
 
 class BlockStore:
-    """A folder of blocks, never larger than its limit; what was used longest ago goes first.
+    """A folder of blocks, never larger than its limit. What was put there longest ago, or has been
+    touched since, goes first.
 
     One store of a folder writes, on a thread of its own; others, in this process or another, read
     what it has written, and one of them takes its place when it's closed. The thread begins by
@@ -55,7 +56,6 @@ class BlockStore:
         limit_bytes: int,
         *,
         queue_bytes: int = 256_000_000,
-        closes_at_exit: bool = True,
     ):
         """`facts` says all that the payloads depend on (the model and its revision, dtype, block
         size, layout); JSON must be able to hold it. The limit counts whole files; at most
@@ -69,7 +69,7 @@ class BlockStore:
         self._facts = facts
         self._home = os.path.join(self.folder, self.identity.hex())
         self._changed = threading.Condition()  # guards all below
-        self._files: OrderedDict[str, _File] | None = None  # by path, last used last
+        self._files: OrderedDict[str, _File] | None = None  # by path, last touched last
         self._bytes = 0  # of them
         self._queue: dict[str, tuple[bytes, memoryview]] = {}
         self._queued_bytes = 0
@@ -80,8 +80,6 @@ class BlockStore:
         self._thread: threading.Thread | None = None
         self._ask_at = 0.0
         self._process = os.getpid()
-        if closes_at_exit:
-            atexit.register(self.close)
         self._start_writing()
 
     def put(self, key: bytes, payload: Any) -> bool:
@@ -116,10 +114,10 @@ class BlockStore:
             self._ask_again()
             return self.why_not_writing is None
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether the queue takes so many bytes more."""
+    def room(self) -> int:
+        """How many bytes more the queue takes."""
         with self._changed:
-            return self._queued_bytes + nbytes <= self.queue_bytes
+            return self.queue_bytes - self._queued_bytes
 
     def get(self, key: bytes) -> memoryview | None:
         """The payload that was put under `key`, byte for byte; None if there's none to be had."""
@@ -138,8 +136,21 @@ class BlockStore:
         except (OSError, Damaged) as error:
             self._missed(path, file, error)
             return None
-        self._found(path, file)
+        with self._changed:
+            self._counts["hits"] += 1
         return memoryview(payload)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Makes these the last ones to go, the last of them the very last."""
+        for path in map(self._path, keys):
+            with self._changed:
+                if self._files is not None:
+                    if path not in self._files:
+                        continue
+                    self._files.move_to_end(path)
+                stamp = self._stamp()
+            with suppress(OSError):
+                os.utime(path, ns=(stamp, stamp), follow_symlinks=False)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether `get` would find it, unless it's damaged; no file is read."""
@@ -158,23 +169,24 @@ class BlockStore:
             with suppress(OSError):
                 folders.remove(path)
 
-    def flush(self) -> None:
-        """Waits until everything put so far is on the disk."""
+    def flush(self, seconds: float | None = None) -> None:
+        """Waits until everything put so far is on the disk, so many seconds at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._idle and not self._queue)
+            self._changed.wait_for(lambda: self._idle and not self._queue, seconds)
 
-    def close(self) -> None:
-        """Writes what is queued, and ends the writing; the interpreter's end does it too. What
-        there is can still be read."""
+    def close(self, seconds: float | None = None) -> None:
+        """Writes what is queued, for so many seconds at most, and ends the writing. What there is
+        can still be read."""
         if os.getpid() != self._process:  # forked: the thread isn't here, nor who has the lock
             return
         with self._changed:
             self._closing = True
             self.why_not_writing = "closed"
             self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._queue, seconds)
+            self._drop_queue()
         if self._thread is not None:
             self._thread.join()
-        atexit.unregister(self.close)
 
     def __enter__(self) -> BlockStore:
         return self
@@ -215,15 +227,6 @@ class BlockStore:
 
     def _has_file(self, path: str) -> bool:
         return path in self._files if self._files is not None else os.path.lexists(path)
-
-    def _found(self, path: str, file: _File | None) -> None:
-        with self._changed:
-            self._counts["hits"] += 1
-            if file is not None and self._files.get(path) is file:
-                self._files.move_to_end(path)
-            stamp = self._stamp()
-        with suppress(OSError):
-            os.utime(path, ns=(stamp, stamp), follow_symlinks=False)
 
     def _missed(self, path: str, file: _File | None, error: Exception) -> None:
         with self._changed:
@@ -268,7 +271,7 @@ class BlockStore:
             try:
                 self._thread.start()
             except RuntimeError as error:  # at the interpreter's end, say
-                os.close(lock)
+                folders.release(lock)
                 self._idle, self._thread = True, None
                 self._stop_writing(OSError(str(error)))
 
@@ -284,11 +287,10 @@ class BlockStore:
         except OSError as error:
             self._stop_writing(error)
         finally:
-            os.close(lock)
+            folders.release(lock)
             with self._changed:
                 self.why_not_writing = self.why_not_writing or "the writer has failed"
-                self._counts["dropped"] += len(self._queue)
-                self._empty_queue()
+                self._drop_queue()
                 self._idle = True
                 self._changed.notify_all()
 
@@ -358,6 +360,10 @@ class BlockStore:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _drop_queue(self) -> None:
+        self._counts["dropped"] += len(self._queue)
+        self._empty_queue()
 
     def _empty_queue(self) -> None:
         self._queue.clear()

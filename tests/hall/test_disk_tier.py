@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import threading
+from pathlib import Path
 
 import numpy as np
 import prose
 import pytest
 import serving
+import tiny_folder
 import tiny_models
 
-from mlxpage.block_store import BlockStore
+from mlxpage.block_store import BlockStore, store
 from mlxpage.disk_tier import DiskTier
+from mlxpage.engine import Engine
 from mlxpage.metal import model as models
+from mlxpage.metal import reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
 from mlxpage.model_store import fingerprint
@@ -234,6 +240,26 @@ def test_a_full_queue_is_waited_for(tmp_path):
     assert served._tier.store.stats()["written"] == 2000 // 16
 
 
+def test_nothing_is_read_that_a_full_queue_would_drop(tmp_path, monkeypatch):
+    model, go_on = tiny_models.make("llama"), threading.Event()
+    block = KVCache(model.specs, [1], 16).block_nbytes(0)
+    write, read, num_read = store.write_block, KVCache.read, 0
+
+    def count(cache, group, blocks):
+        nonlocal num_read
+        num_read += len(blocks)
+        return read(cache, group, blocks)
+
+    monkeypatch.setattr(store, "write_block", lambda *args: go_on.wait(60) and write(*args))
+    monkeypatch.setattr(KVCache, "read", count)
+    disk = BlockStore(tmp_path, {}, 10**9, queue_bytes=5 * block)
+    served = serving.engine(model, num_blocks=30, tier=DiskTier(disk))
+    serving.serve(served, [text()[start : start + 300] for start in range(0, 4000, 400)], GREEDY)
+    assert num_read == disk.stats()["queued"] == 5 and disk.stats()["dropped"] == 0
+    go_on.set()
+    disk.close()
+
+
 def test_what_was_planned_and_never_ran_is_found_by_nobody(tmp_path, monkeypatch):
     model = tiny_models.make("llama")
     served = engine(model, tmp_path, num_blocks=30)
@@ -281,17 +307,123 @@ def test_of_more_than_the_disk_takes_the_last_prompt_is_kept_from_its_head(tmp_p
     assert outputs[0].num_cached_tokens >= 12 * 16
 
 
-def test_a_fingerprint_tells_trainings_of_one_architecture_apart(tmp_path):
-    import tiny_folder
+def blocks_of(model, count: int) -> int:
+    """Bytes of a store that holds so many."""
+    return count * (KVCache(model.specs, [1], 16).block_nbytes(0) + 400)
 
-    first, second = (tiny_folder.make(tmp_path / str(seed), seed=seed) for seed in (0, 1))
-    again = tiny_folder.make(tmp_path / "again", seed=0)
-    assert fingerprint(first) == fingerprint(again) != fingerprint(second)
-    weights = mx.load(str(first / "model.safetensors"))
-    name = min(weights, key=lambda name: weights[name].size)
-    weights[name] = weights[name] + 0.125  # only a norm has been trained
+
+@pytest.mark.parametrize("read_first", [False, True], ids=["as stored", "once read"])
+def test_the_last_prompt_stays_on_the_disk_longest_and_its_head_longer_than_its_tail(
+    tmp_path, read_first
+):
+    model = tiny_models.make("llama")
+    old, recent = text()[:400], text()[1000:1400]
+    size = {"store": {"limit": blocks_of(model, 52)}}
+    served = engine(model, tmp_path, **size)
+    for prompt in (recent, old) if read_first else (old, recent):
+        serving.serve(served, [prompt], GREEDY)
+    serve_and_end(served, [])
+    if read_first:
+        served = engine(model, tmp_path, **size)
+        serve_and_end(served, [recent])
+        assert restored(served) == 384
+    for other, found in ((text()[2000:2400], [384]), (text()[3000:3320], range(96, 128))):
+        serve_and_end(engine(model, tmp_path, **size), [other])
+        served = engine(model, tmp_path, **size)
+        (output,) = serving.serve(served, [recent], GREEDY)
+        assert output.num_cached_tokens in found
+        served._tier.store.close()
+
+
+def test_what_the_pool_lets_go_is_the_last_to_go_from_the_disk(tmp_path):
+    """It was there already: in the pool it was used again, which the disk didn't see."""
+    model = tiny_models.make("llama")
+    served = engine(model, tmp_path, num_blocks=60, store={"limit": blocks_of(model, 100)})
+    first, *others = [text()[start : start + 400] for start in range(0, 4000, 500)]
+    serving.serve(served, [first, others[0]], GREEDY)
+    while served.store_cached():
+        pass
+    served._tier.store.flush()
+    assert served._tier.store.stats()["blocks"] >= 48
+    for other in others[1:3]:
+        serving.serve(served, [first], GREEDY)
+        serving.serve(served, [other], GREEDY)
+    for other in others[3:5]:
+        serving.serve(served, [other], GREEDY)
+    served._tier.store.flush()
+    assert served._tier.store.stats()["evicted"] > 0
+    (output,) = serving.serve(served, [first], GREEDY)
+    assert output.num_cached_tokens == 384 and restored(served) == 384
+    served._tier.store.close()
+
+
+def test_a_request_while_an_idle_engine_stores_is_stored_too(tmp_path):
+    model = tiny_models.make("llama")
+    served = engine(model, tmp_path)
+    serving.serve(served, [text()[:1600]], GREEDY)
+    assert served.store_cached()
+    serving.serve(served, [text()[2000:2400]], GREEDY)
+    while served.store_cached():
+        pass
+    served._tier.store.flush()
+    assert served._tier.store.stats()["written"] == 125
+    served._tier.store.close()
+
+
+def test_a_step_under_way_that_fails_does_not_end_the_reading(tmp_path, monkeypatch):
+    """Its error shows first where something is loaded."""
+    model = tiny_models.make("llama")
+    prompts = [text()[:400], text()[1000:1100]]
+    expected = serve_and_end(engine(model, tmp_path), prompts)
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    served, events = engine(model, tmp_path), []
+    served.add(served.request(text()[2000:2100], SamplingParams(max_tokens=30), events.append))
+    for _ in range(4):
+        served.step()
+    with monkeypatch.context() as broken:
+        load, record = KVCache.load, Engine._record
+        errors = [RuntimeError("the GPU is gone")] * 2
+
+        def fails_once(then):
+            def call(*arguments):
+                if errors:
+                    raise errors.pop()
+                return then(*arguments)
+
+            return call
+
+        broken.setattr(KVCache, "load", fails_once(load))
+        broken.setattr(Engine, "_record", fails_once(record))
+        outputs = serving.serve(served, prompts, GREEDY)
+    assert served.stats()["failed_steps"] == 1 and "the GPU is gone" in str(events[-1].error)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert restored(served) >= 384
+    served._tier.store.close()
+
+
+def test_a_fingerprint_tells_trainings_of_one_architecture_apart(tmp_path):
+    def trained(seed: int, at: float) -> Path:
+        folder = tiny_folder.make(tmp_path / f"{seed} {at}", seed=seed)
+        os.utime(folder / "model.safetensors", (at, at))
+        return folder
+
+    folders = [trained(0, 1.0), trained(0, 1.5), trained(1, 1.0)]
+    assert len(set(map(fingerprint, folders))) == 3
+    assert fingerprint(folders[0]) == fingerprint(shutil.copytree(folders[0], tmp_path / "copy"))
+    folder = trained(0, 2.0)
+    before = fingerprint(folder)
+    (folder / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (folder / "more.json").symlink_to(tmp_path / "nowhere")
+    assert fingerprint(folder) == before, "neither of them is read by anybody"
+
+
+def test_a_few_rows_of_an_embedding_make_another_model(tmp_path):
+    folder = tiny_folder.make(tmp_path / "model")
+    before = fingerprint(folder)
+    file = folder / "model.safetensors"
+    weights = mx.load(str(file))
+    rows = weights["model.embed_tokens.weight"]
+    rows[100:104] = rows[104:108]
     mx.save_safetensors(str(tmp_path / "w.safetensors"), weights, {"format": "mlx"})
-    shutil.move(tmp_path / "w.safetensors", first / "model.safetensors")
-    assert fingerprint(first) != fingerprint(again)
-    shutil.copy(second / "model.safetensors", first / "model.safetensors")
-    assert fingerprint(first) == fingerprint(second)
+    shutil.move(tmp_path / "w.safetensors", file)
+    assert fingerprint(folder) != before

@@ -224,25 +224,35 @@ def test_a_block_that_is_larger_than_the_limit_is_dropped(make_store):
     assert blocks.put(b"d", b"d" * (1000 - format.HEADER_BYTES - 1))
 
 
-def test_what_was_used_longest_ago_goes_first(make_store):
+def test_what_was_touched_longest_ago_goes_first(make_store):
     blocks = make_store(limit=3000)
     put_all(blocks, letters(1000, "abc"))
-    assert blocks.get(b"a") is not None
+    blocks.touch([b"a", b"is not there"])
+    assert blocks.get(b"b") is not None, "who reads them says in which order they go"
     put_all(blocks, letters(1000, "d"))
     assert held(blocks, letters(1000)) == [b"a", b"c", b"d"]
 
 
-def test_the_order_of_use_outlives_the_process(make_store):
+def test_the_order_outlives_the_process(make_store):
     with make_store(limit=4000) as blocks:
         put_all(blocks, letters(1000, "abcd"))
-        for key in (b"c", b"a"):
-            assert blocks.get(key) is not None
+        blocks.touch([b"c", b"a"])
     again = make_store(limit=4000)
     put_all(again, letters(1000, "efg"))
     assert held(again, letters(1000)) == [b"a", b"e", b"f", b"g"]
 
 
-def test_the_order_of_use_is_kept_by_a_clock_that_jumps_back(make_store, monkeypatch):
+def test_who_only_reads_touches_too(make_store):
+    writes, reads = make_store(limit=3000), make_store(limit=3000)
+    put_all(writes, letters(1000, "abc"))
+    reads.touch([b"a", b"is not there"])
+    writes.close()
+    again = make_store(limit=3000)
+    put_all(again, letters(1000, "d"))
+    assert held(again, letters(1000)) == [b"a", b"c", b"d"]
+
+
+def test_the_order_is_kept_by_a_clock_that_jumps_back(make_store, monkeypatch):
     now = time.time_ns()
     with make_store(limit=3000) as blocks:
         monkeypatch.setattr(time, "time_ns", lambda: now + 10**18)
@@ -251,7 +261,7 @@ def test_the_order_of_use_is_kept_by_a_clock_that_jumps_back(make_store, monkeyp
         put_all(blocks, letters(1000, "c"))
     with make_store(limit=3000) as blocks:
         monkeypatch.setattr(time, "time_ns", lambda: now - 10**18)
-        assert blocks.get(b"a") is not None
+        blocks.touch([b"a"])
     again = make_store(limit=3000)
     put_all(again, letters(1000, "de"))
     assert held(again, letters(1000)) == [b"a", b"d", b"e"]
@@ -372,16 +382,44 @@ def test_a_reader_that_is_closed_never_begins_to_write(make_store, monkeypatch):
     assert not second.put(b"key", b"payload")
 
 
-def test_the_end_of_the_interpreter_writes_what_is_queued(make_store, tmp_path):
+def test_a_closed_store_has_written_what_was_queued(make_store):
+    expected = {b"%d" % n: b"%d" % n * 10_000 for n in range(100)}
+    with make_store() as blocks:
+        for key, payload in expected.items():
+            blocks.put(key, payload)
+    assert all(blocks.get(key) == payload for key, payload in expected.items())
+
+
+def test_a_slow_disk_is_waited_for_as_long_as_was_said(make_store, monkeypatch):
+    blocks, go_on = make_store(), threading.Event()
+    real = store.write_block
+    monkeypatch.setattr(store, "write_block", lambda *args: go_on.wait(30) and real(*args))
+    for key, payload in letters(1000, "abc").items():
+        blocks.put(key, payload)
+    blocks.flush(0.01)
+    assert blocks.stats()["queued"] == 3
+    ending = threading.Thread(target=blocks.close, args=(0.01,))
+    ending.start()
+    while blocks.stats()["queued"]:
+        time.sleep(0.001)
+    go_on.set()
+    ending.join(30)
+    assert not ending.is_alive() and blocks.stats()["dropped"] == 3
+    assert not files(Path(blocks.folder))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_does_not_keep_others_from_writing(tmp_path):
     ended = python(
-        "import sys; from mlxpage.block_store import BlockStore\n"
+        "import os, sys; from mlxpage.block_store import BlockStore\n"
         f"s = BlockStore(sys.argv[1], {FACTS}, 10**9)\n"
-        "for n in range(100): s.put(b'%d' % n, b'%d' % n * 10_000)",
+        "ends, holds = os.pipe()\n"
+        "if (child := os.fork()) == 0: os.close(holds); os.read(ends, 1); os._exit(0)\n"
+        "s.close(); print(BlockStore(sys.argv[1], {}, 10**9).why_not_writing)\n"
+        "os.close(holds); os.waitpid(child, 0)",
         tmp_path / "blocks",
     )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-    blocks = make_store()
-    assert all(blocks.get(b"%d" % n) == b"%d" % n * 10_000 for n in range(100))
+    assert (ended.returncode, ended.stdout) == (0, "None\n"), ended.stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
