@@ -148,10 +148,11 @@ class Engine:
         """Gives the memory of weights and pool back. What is cached goes to the disk before, if
         there is a tier there and as far as there is time."""
         if self._tier is not None:
+            end = time.monotonic() + _STORING_SECONDS
             try:
                 self._store_all()
             finally:
-                self._tier.store.close()
+                self._tier.store.close(max(0.0, end - time.monotonic()))
                 self._tier = None
         mx.synchronize()
         self._in_flight.clear()
@@ -230,7 +231,7 @@ class Engine:
 
     def _load(self, schedule: Schedule) -> bool:
         """Puts what was read from the disk into the pool, after the copies of the plan, which come
-        first. If that can't be, nothing is read any more and everybody computes again; False."""
+        first. If that can't be, everybody computes again, and nothing is read any more; False."""
         groups = len(self.pool.groups)
         try:
             if self.model.cache is None:
@@ -244,8 +245,10 @@ class Engine:
                     cache.load(group, *zip(*loads, strict=True))
             schedule.loads.clear()
         except Exception as error:
+            failed_before = self._num_failed_steps
             self._collect_all()
-            self._tier.stop_reading(error)
+            if self._num_failed_steps == failed_before:  # it isn't the error of a step under way
+                self._tier.stop_reading(error)
             self._drop_pool(error)
             return False
         return True
