@@ -105,6 +105,10 @@ def _run(
         mx.clear_streams()
 
 
+# Seconds until an idle engine is looked after again: not at once, for that may be what has failed.
+_AFTER_FAILURE = 1.0
+
+
 def _serve(engine: Engine, inbox: queue.SimpleQueue, upkeep: Upkeep) -> None:
     seconds: float | None = 0.0
     while _answer_calls(engine, inbox, seconds):
@@ -116,6 +120,7 @@ def _serve(engine: Engine, inbox: queue.SimpleQueue, upkeep: Upkeep) -> None:
             failure = EngineError(f"the engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             engine.abort_all(failure)
+            seconds = _AFTER_FAILURE
     engine.abort_all()
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import queue
 import signal
 import threading
 import time
@@ -13,8 +14,9 @@ import tiny_folder as tiny
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
-from mlxpage import EngineError, InvalidRequest, SamplingParams, UnsupportedModel
+from mlxpage import EngineError, InvalidRequest, SamplingParams, UnsupportedModel, engine_thread
 from mlxpage.metal.backend import mx
+from mlxpage.upkeep import Upkeep
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=480, ignore_eos=True)
@@ -525,3 +527,30 @@ def test_callers_are_told_when_the_thread_itself_dies(make_llm, monkeypatch):
         in_thread(lambda: llm.generate("abc", GREEDY)).result(SECONDS)
     with pytest.raises(EngineError, match="closed"):
         llm.stats()
+
+
+def test_an_engine_that_has_failed_is_looked_after_when_it_is_idle():
+    class Engine:
+        """Fails in its third step, and has nothing to do any more."""
+
+        has_work, has_disk, num_steps = True, False, 0
+
+        def step(self):
+            self.num_steps += 1
+            if self.num_steps == 3:
+                raise MemoryError("no plan")
+
+        def abort_all(self, error=None):
+            self.has_work = False
+
+        def trim(self):
+            inbox.put(None)
+
+    inbox = queue.SimpleQueue()
+    serving = threading.Thread(target=engine_thread._serve, args=(Engine(), inbox, Upkeep(0.1)))
+    serving.start()
+    serving.join(30)
+    alive = serving.is_alive()
+    inbox.put(None)
+    serving.join(30)
+    assert not alive, "nobody calls, so it sleeps for ever"
