@@ -10,6 +10,7 @@ import functools
 import random
 import tempfile
 from dataclasses import replace
+from typing import NamedTuple
 
 import oracle
 import prose
@@ -45,11 +46,25 @@ def real(folder):
     return models.load(folder, dtype="float32")
 
 
+class Sizes(NamedTuple):
+    """Of a case, at most; and how many tokens a step may have beside one of each sequence."""
+
+    new: int
+    waves: int
+    prompts: int
+    chunks: tuple[int, ...]
+
+
+TINY = Sizes(new=60, waves=3, prompts=5, chunks=(0, 7, 16, 60, 200))
+# A step takes a hundred times as long.
+REAL = Sizes(new=31, waves=2, prompts=3, chunks=(16, 60, 200))
+
+
 class Case:
     """Waves of prompts, and an engine's limits."""
 
-    def __init__(self, seed: int, text: list[int], longest: int, most_new: int):
-        rng = random.Random(seed)
+    def __init__(self, seed: int, text: list[int], sizes: Sizes):
+        rng, longest = random.Random(seed), 90
 
         def piece(shortest, longest):
             start = rng.randrange(len(text) - longest)
@@ -60,12 +75,12 @@ class Case:
             [
                 rng.choice(beginnings)[: rng.choice([None, None, rng.randint(1, longest)])]
                 + piece(0, 20)
-                for _ in range(rng.randint(1, 5))
+                for _ in range(rng.randint(1, sizes.prompts))
             ]
-            for _ in range(rng.randint(1, 3))
+            for _ in range(rng.randint(1, sizes.waves))
         ]
         self.waves = [[prompt or [1] for prompt in wave] for wave in self.waves]
-        self.new = rng.choice([rng.randint(1, 20), rng.randint(30, most_new)])
+        self.new = rng.choice([rng.randint(1, 20), rng.randint(30, sizes.new)])
         self.n = rng.choice([1, 1, 1, 2, 3])
         self.block_size = rng.choice([16, 16, 32])
         need = [-(-(len(prompt) + self.new) // self.block_size) for w in self.waves for prompt in w]
@@ -73,7 +88,7 @@ class Case:
         self.limits = {
             "num_blocks": rng.choice([max(need), max(need) + rng.randint(0, 8), 4 * max(need)]),
             "max_num_seqs": seqs,
-            "max_num_batched_tokens": seqs + rng.choice([0, 7, 16, 60, 200]),
+            "max_num_batched_tokens": seqs + rng.choice(sizes.chunks),
         }
         # How often a step is followed by a trim, of cached blocks too or not.
         self.resizes = rng.choice([0, 0.03, 0.3])
@@ -125,10 +140,10 @@ def make_elastic(engine) -> None:
     engine.trim(cached=True)
 
 
-def compare(model, text, seeds, *, longest=90, most_new=60) -> None:
+def compare(model, text, seeds, sizes=TINY) -> None:
     found = evicted = preempted = resized = restored = 0
     for seed in seeds:
-        case = Case(seed, text, longest, most_new)
+        case = Case(seed, text, sizes)
         expected = [as_greedy(output) for output in case.alone(model)]
         engines, outputs = case.serve(model)
         comparison = oracle.compare(
@@ -197,10 +212,10 @@ def test_tiny_models_generate_the_same_with_and_without_the_cache(family, count)
 
 
 @pytest.mark.parametrize(
-    "count", [2, pytest.param(100, marks=[pytest.mark.full, pytest.mark.timeout(7200)])]
+    "count", [3, pytest.param(100, marks=[pytest.mark.full, pytest.mark.timeout(7200)])]
 )
 def test_smollm2_generates_the_same_with_and_without_the_cache(smollm2_folder, count):
-    compare(real(smollm2_folder), text_of(smollm2_folder), range(count), most_new=30)
+    compare(real(smollm2_folder), text_of(smollm2_folder), range(count), REAL)
 
 
 @pytest.mark.gemma
@@ -208,4 +223,4 @@ def test_smollm2_generates_the_same_with_and_without_the_cache(smollm2_folder, c
     "count", [6, pytest.param(100, marks=[pytest.mark.full, pytest.mark.timeout(7200)])]
 )
 def test_gemma3_generates_the_same_with_and_without_the_cache(gemma3_folder, count):
-    compare(real(gemma3_folder), text_of(gemma3_folder), range(count), most_new=30)
+    compare(real(gemma3_folder), text_of(gemma3_folder), range(count), REAL)
