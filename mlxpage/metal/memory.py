@@ -240,7 +240,8 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
     """
     config = model.config | (model.config.get("text_config") or {})
     hidden = int(config.get("hidden_size") or 4096)
-    wide = max(int(config.get("intermediate_size") or 0), 4 * hidden)
+    widths = config.get("intermediate_size") or 0  # of each layer, in some families
+    wide = max(*(widths if isinstance(widths, list) else [int(widths)]), 4 * hidden)
     heads = int(config.get("num_attention_heads") or 32)
     rows = max_num_batched_tokens
     context = min(model.context_length or 2**17, tokens)
