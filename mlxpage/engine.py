@@ -17,6 +17,7 @@ from mlxpage.intake import Intake
 from mlxpage.metal import memory as sizing
 from mlxpage.metal.backend import mx
 from mlxpage.metal.choice import REFERENCE, Backend
+from mlxpage.metal.layout import Shape
 from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
 from mlxpage.metal.sampler import logprobs, sample
@@ -72,6 +73,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=PrefixCache(self.pool.groups, tier) if prefix_cache else None,
+            shares_in_step=model.shape is Shape.ROWS,
             make_larger=self._make_larger,
         )
         self._intake = Intake(
@@ -448,6 +450,7 @@ class Engine:
                 "name": self.backend.name,
                 "why": self.backend.why,
                 "not_compiled": self.model.not_compiled,
+                "shape": self.model.shape.name.lower(),
             },
             "bytes": {
                 "budget": self.plan.budget,

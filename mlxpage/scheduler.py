@@ -74,9 +74,12 @@ class Scheduler:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         prefix_cache: PrefixCache | None = None,
+        shares_in_step: bool = True,
         make_larger: Callable[[int, int], bool] = lambda group, num_blocks: True,
     ):
-        """`make_larger`: see `BlockManager`; it is called while a step is being planned."""
+        """`shares_in_step`: whether a step writes the rows of all chunks before it reads any, so
+        that its sequences may share them. `make_larger`: see `BlockManager`; it is called while a
+        step is being planned."""
         if not 0 < max_num_seqs <= max_num_batched_tokens:
             raise InvalidRequest(
                 f"max_num_seqs is {max_num_seqs}; it must be from 1 to max_num_batched_tokens "
@@ -87,6 +90,7 @@ class Scheduler:
         self.blocks = BlockManager(groups, max_num_batched_tokens, prefix_cache, make_larger)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._shares_in_step = shares_in_step
         self.waiting: list[Sequence] = []
         """A heap, in the order of service."""
         self.running: list[Sequence] = []
@@ -208,9 +212,8 @@ class Scheduler:
             seq.num_pending += 1
         schedule.scheduled.append(Scheduled(seq, start, granted, samples))
         schedule.num_scheduled_tokens += granted
-        # All rows of chunks are written before any row of the step reads. A single row is written
-        # by its own attention: others may read it in the next step.
-        if granted > 1:
+        # A single row is written by its own attention: others may read it in the next step.
+        if granted > 1 and self._shares_in_step:
             self.blocks.commit(seq)
 
     # -- forks --

@@ -64,6 +64,8 @@ class Forward:
     back to the KVCache, a dropped pool would stay until Python's collector ran."""
 
     positions: mx.array | None = None  # (T,)
+    start: int | None = None
+    """The first position of a run: rows of one sequence, along the model's length axis."""
     steps: list[Step] = field(default_factory=list)  # one per cache group
     fetches: bool = True
     """Whether a layer gives its K and V, or only something that stands for them."""
@@ -90,10 +92,28 @@ class LayerCache:
 
     # -- what mlx-lm's models call --
 
+    start_position = 0
+    """The first one whose K and V are there."""
+
     @property
-    def offset(self) -> mx.array:
-        """(T,) each row's position."""
-        return self._forward.positions
+    def offset(self) -> mx.array | int:
+        """(T,) each row's position, or the first one of a run."""
+        start = self._forward.start
+        return self._forward.positions if start is None else start
+
+    def maybe_trim_front(self) -> None:
+        """What a model no longer reads is masked."""
+
+    @property
+    def keys(self) -> mx.array:
+        """Stands for what mlx-lm's caches hold: models assign something that depends on it, so
+        that it is evaluated. Pools are in every step."""
+        return mx.zeros(1)
+
+    @keys.setter
+    def keys(self, _: mx.array) -> None: ...
+
+    values = keys
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803
         kept = self.step.window
@@ -102,13 +122,15 @@ class LayerCache:
             raise UnsupportedModel(
                 f"the model reads {window} positions in a layer whose cache keeps {kept}"
             )
-        mask = self.step.row_mask(window, self._forward.positions)
+        mask = self.step.mask(window, self._forward.positions)
         return Tagged.of(mask, MaskTag(self.step, window))
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes the rows (T, kv_heads, 1, head_dim) and returns what they may read, tagged:
-        (T, kv_heads, M * block_size, head_dim)."""
+        """Writes the rows (T, kv_heads, 1, head_dim), or (1, kv_heads, T, head_dim) of a run, and
+        returns what they may read, tagged: (T or 1, kv_heads, positions, head_dim)."""
         forward = self._forward
+        if self.step.is_run:
+            k, v = k.swapaxes(0, 2), v.swapaxes(0, 2)
         self.pool.write(self.step, k, v, forward.after, is_read=forward.fetches)
         return self.keys_and_values()
 
@@ -125,10 +147,12 @@ class LayerCache:
     def attend(
         self, q: mx.array, window: int | None, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """q (T, heads, 1, head_dim) -> (T, heads, 1, value head_dim)"""
+        """q (T, heads, 1, head_dim) -> (T, heads, 1, value head_dim), or as (1, heads, T, ...)"""
         self.num_attended += 1
         self.attention = Attention(q.shape[1], q.dtype, window, scale, sinks is not None)
-        return self.pool.attend(self.step, q, window, scale, sinks)
+        if not self.step.is_run:
+            return self.pool.attend(self.step, q, window, scale, sinks)
+        return self.pool.attend(self.step, q.swapaxes(0, 2), window, scale, sinks).swapaxes(0, 2)
 
 
 class KVCache:
@@ -188,15 +212,17 @@ class KVCache:
         for layer in self.layers:
             layer.pool.resize(self.num_blocks[layer.group], moves[layer.group])
 
-    def begin(self, rows: Rows) -> None:
-        """Makes `rows` the ones that the next forward writes and reads."""
+    def begin(self, rows: Rows, *, is_run: bool = False) -> None:
+        """Makes `rows` the ones that the next forward writes and reads; `is_run`: along its length
+        axis."""
         for tables, num_blocks in zip(rows.block_tables, self.num_blocks, strict=True):
             # MLX doesn't check: on a GPU this would be somebody else's memory.
             known = tables.min() >= 0 and tables.max() <= num_blocks
             assert known, "a table holds a block that the pool doesn't have"
         self._forward.positions = mx.array(rows.positions)
+        self._forward.start = int(rows.positions[0]) if is_run else None
         self._forward.steps = [
-            self._backend.Step(rows, tables, self.block_size, window)
+            self._backend.Step(rows, tables, self.block_size, window, is_run)
             for tables, window in zip(rows.block_tables, self.windows, strict=True)
         ]
         self.copy(rows.copies)
@@ -243,6 +269,10 @@ class KVCache:
     def _pools(self, group: int) -> list:
         return [layer.pool for layer in self.layers if layer.group == group]
 
+    @property
+    def is_run(self) -> bool:
+        return self._forward.start is not None
+
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""
         self._attentions = None
@@ -261,7 +291,7 @@ class KVCache:
         """Whether this forward could be one of a compiled function: on a GPU, in a decode."""
         forward = self._forward
         # What a layer fetches is found by metadata that isn't among the inputs.
-        if not self._backend.COMPILES or forward.after is None or forward.fetches:
+        if not self._backend.COMPILES or forward.after is None or forward.fetches or self.is_run:
             return False
         is_decode = all(step.rows.num_decoding == len(step.rows.contexts) for step in forward.steps)
         attentions = all(layer.attention is not None for layer in self.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
@@ -106,9 +107,17 @@ class Attention(NamedTuple):
     has_sinks: bool
 
 
+class Shape(Enum):
+    """How a model takes the tokens of a step."""
+
+    ROWS = "in one forward, each token a row of its own"
+    CHUNKS = "the chunk of a prompt in a forward of its own, single tokens of sequences together"
+    SEQUENCES = "each sequence in a forward of its own"
+
+
 @dataclass(slots=True)
 class Rows:
-    """The tokens of one forward, of any number of sequences, as rows of length 1.
+    """The tokens of one step, of any number of sequences, as rows of length 1.
 
     A sequence's rows stand side by side. Those of one row come first, shortest context first.
     All arrays are NumPy int32, `tokens` may be MLX's.
@@ -128,12 +137,39 @@ class Rows:
         """Sequences with a single row."""
         return int(np.searchsorted(np.diff(self.starts) > 1, True))
 
+    def part(self, first: int, last: int) -> Rows:
+        """Of the sequences from `first` to `last`, whose rows are sampled in their own order."""
+        begin, end = int(self.starts[first]), int(self.starts[last])
+        sampled = self.sample_rows[self.sampled_of(first, last)] - begin
+        return Rows(
+            tokens=self.tokens[begin:end],
+            positions=self.positions[begin:end],
+            starts=self.starts[first : last + 1] - begin,
+            contexts=self.contexts[first:last],
+            block_tables=[tables[first:last] for tables in self.block_tables],
+            sample_rows=sampled.astype(np.int32),
+        )
+
+    def sampled_of(self, first: int, last: int) -> np.ndarray:
+        """Where in `sample_rows` those of some sequences stand."""
+        begin, end = self.starts[first], self.starts[last]
+        return np.flatnonzero((self.sample_rows >= begin) & (self.sample_rows < end))
+
 
 class Step:
     """What all layers of one cache group share in one forward. Backends add their own to it."""
 
-    def __init__(self, rows: Rows, tables: np.ndarray, block_size: int, window: int | None):
+    def __init__(
+        self,
+        rows: Rows,
+        tables: np.ndarray,
+        block_size: int,
+        window: int | None,
+        is_run: bool = False,
+    ):
+        """`is_run`: the model gets the rows, which are one sequence's, along its length axis."""
         self.rows = rows
+        self.is_run = is_run
         self.tables = tables
         self.block_size = block_size
         self.window = window
@@ -141,21 +177,31 @@ class Step:
         self.write_blocks = tables[owners, rows.positions // block_size]  # (T,)
         assert self.write_blocks.all(), "a row has no block to be written to"
         self._owners = owners
-        self._row_tables: mx.array | None = None
+        self._fetched_tables: mx.array | None = None
         self._unread: dict[LayerSpec, tuple[mx.array, mx.array]] = {}
 
     @property
-    def row_tables(self) -> mx.array:
-        """(T, M) the block table of each row, for a model that wants K and V as plain arrays."""
-        if self._row_tables is None:
-            self._row_tables = mx.take(mx.array(self.tables), mx.array(self._owners), axis=0)
-        return self._row_tables
+    def fetched_tables(self) -> mx.array:
+        """The block tables behind K and V that a model wants as plain arrays: (T, M) one of each
+        row, or (1, M) of a run."""
+        if self._fetched_tables is None:
+            tables = mx.array(self.tables)
+            own = tables if self.is_run else mx.take(tables, mx.array(self._owners), axis=0)
+            self._fetched_tables = own
+        return self._fetched_tables
+
+    @property
+    def num_fetched(self) -> int:
+        """Positions of such K and V; of a run just those that there are."""
+        if self.is_run:
+            return int(self.rows.contexts[0])
+        return self.tables.shape[1] * self.block_size
 
     def unread(self, spec: LayerSpec) -> tuple[mx.array, mx.array]:
-        """Stands for K and V (T, kv_heads, M * block_size, head_dim) that are only handed on: they
+        """Stands for K and V (T or 1, kv_heads, positions, head_dim) that are only handed on: they
         are NaN, so a model that does anything else with them gives no numbers at all."""
         if spec not in self._unread:
-            shape = len(self.rows.positions), spec.kv_heads, self.tables.shape[1] * self.block_size
+            shape = self.fetched_tables.shape[0], spec.kv_heads, self.num_fetched
             nan = mx.array(float("nan"), spec.dtype)
             self._unread[spec] = (
                 mx.broadcast_to(nan, (*shape, spec.k_head_dim)),
@@ -163,11 +209,11 @@ class Step:
             )
         return self._unread[spec]
 
-    def row_mask(self, window: int | None, positions: mx.array) -> mx.array:
-        """(T, 1, 1, M * block_size) bool, lazy: what each row, at `positions` (T,), may read of
-        its own table."""
-        keys = mx.arange(self.tables.shape[1] * self.block_size)
-        queries = positions[:, None, None, None]
+    def mask(self, window: int | None, positions: mx.array) -> mx.array:
+        """Bool, lazy: what each row, at `positions` (T,), may read of what is fetched for it.
+        (T, 1, 1, positions), of a run (T, positions)."""
+        keys = mx.arange(self.num_fetched)
+        queries = positions[:, None] if self.is_run else positions[:, None, None, None]
         mask = keys <= queries
         return mask if window is None else mask & (keys > queries - window)
 

@@ -254,7 +254,12 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
         logit_rows += rows
     logits = logit_rows * model.vocab_size * 4
     scores = heads * rows * context * _LAYERS_AT_ONCE
-    scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES) * 4
     layer = max(_gathered_bytes(spec) for spec in model.specs)
     gathered = layer * (_LAYERS_AT_ONCE * context + min(tokens, max_num_seqs * context))
-    return activations + logits + scores + gathered
+    if model.fetches:  # it makes K and V of all heads of them, and the scores of a whole chunk
+        own = (int(config.get(name) or 0) for name in ("qk_nope_head_dim", "v_head_dim"))
+        of_head = sum(own) or 2 * int(config.get("head_dim") or hidden // heads)
+        gathered += 2 * _LAYERS_AT_ONCE * context * heads * of_head * size
+    else:
+        scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES)
+    return activations + logits + 4 * scores + gathered

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -16,7 +17,7 @@ from mlxpage.metal import seam
 from mlxpage.metal.backend import device, mlx_lm_utils, mx
 from mlxpage.metal.compiled import Compiled
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import LayerSpec, Rows
+from mlxpage.metal.layout import LayerSpec, Rows, Shape
 
 # What the families call the longest sequence they were trained for.
 _CONTEXT_KEYS = (
@@ -32,8 +33,9 @@ _CONTEXT_KEYS = (
 class Model:
     """One of mlx-lm's models, with its layers' K and V in a `KVCache`.
 
-    It takes tokens as rows of length 1, so one forward serves prompt chunks and single tokens of
-    any number of sequences, and it makes logits only for the rows that are sampled.
+    Most take tokens as rows of length 1, so one forward serves prompt chunks and single tokens of
+    any number of sequences. Others get a prompt's chunk along the length axis, in a forward of its
+    own: their `shape` says so. Logits are made only for the rows that are sampled.
     """
 
     def __init__(self, module, config: dict[str, Any]):
@@ -42,12 +44,14 @@ class Model:
         self.config = config
         self.family = config.get("model_type", type(module).__module__.rsplit(".", 1)[-1])
         _refuse_dynamic_rope(module, self.family)
-        self.specs = _layer_specs(module, self.family)
+        self.specs, self._nesting = _layer_specs(module, self.family)
         self.vocab_size, self.logits_dtype = _logits(module)
         self.context_length = _context_length(config)
         self.bind(None)
         self.fetches = True
         """Whether the model needs K and V as arrays: the self-check finds out."""
+        self.shape = Shape.ROWS
+        """How it takes a step's tokens: the self-check finds out."""
         self._wanted = _WantedRows()
         self._gathers_rows = _gather_rows_of_backbone(module, self._wanted)
         self._hooked: int | None = None
@@ -84,7 +88,20 @@ class Model:
 
         Lazy: the caller evaluates the logits together with `cache.written()`.
         """
-        self.cache.begin(rows)
+        if self.shape is Shape.ROWS:
+            return self._step(rows)
+        self.cache.copy(rows.copies)
+        together = rows.num_decoding if self.shape is Shape.CHUNKS else 0
+        cuts = sorted({0, *range(together, len(rows.contexts) + 1)})
+        parts = [rows.part(*cut) for cut in pairwise(cuts)]
+        logits = [self._step(part, is_run=not together or part.num_decoding == 0) for part in parts]
+        order = np.concatenate([rows.sampled_of(*cut) for cut in pairwise(cuts)])
+        logits = mx.concatenate(logits)
+        return logits if (np.diff(order) == 1).all() else logits[mx.array(np.argsort(order))]
+
+    def _step(self, rows: Rows, *, is_run: bool = False) -> mx.array:
+        """One forward."""
+        self.cache.begin(rows, is_run=is_run)
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
         wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
         every = len(wanted) == len(rows.positions) and (np.diff(wanted) == 1).all()
@@ -98,14 +115,20 @@ class Model:
         """Logits (R, vocab) of the wanted rows, all of them by default."""
         before = self._num_attended()
         self._wanted.rows = wanted
+        self._wanted.of_run = self.cache.is_run
         try:
-            logits = self.module(tokens[:, None], cache=self.cache.layers)
+            is_run = self.cache.is_run
+            logits = self.module(
+                tokens[None] if is_run else tokens[:, None],
+                cache=_nested(self.cache.layers, self._nesting),
+            )
             self.cache.end(logits if self._wanted.hidden is None else self._wanted.hidden)
             if not self._gathers_rows:
-                logits = logits[self._wanted.rows]
+                logits = (logits.swapaxes(0, 1) if is_run else logits)[self._wanted.rows]
         finally:
             self._wanted.rows = self._wanted.hidden = None
-        self._check_hooked(self._num_attended() - before)
+        if self.shape is Shape.ROWS:
+            self._check_hooked(self._num_attended() - before)
         return logits[:, -1]
 
     def _num_attended(self) -> int:
@@ -194,14 +217,21 @@ def _refuse_dynamic_rope(module, family: str) -> None:
         )
 
 
-def _layer_specs(module, family: str) -> list[LayerSpec]:
-    """Window, heads and dtype of every layer's cache, from a forward that is never evaluated."""
+def _layer_specs(module, family: str) -> tuple[list[LayerSpec], list[int | None]]:
+    """Window, heads and dtype of every layer's cache, from a forward that is never evaluated. And
+    how many of them each layer has in a list, None if it has one and no list."""
+    from mlx_lm.models.cache import CacheList, ChunkedKVCache, RotatingKVCache, make_prompt_cache
     from mlx_lm.models.cache import KVCache as DenseCache
-    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-    caches = make_prompt_cache(module)
+    of_layers = make_prompt_cache(module)
+    nesting = [len(c.caches) if isinstance(c, CacheList) else None for c in of_layers]
+    caches = [
+        cache
+        for of_layer in of_layers
+        for cache in (of_layer.caches if isinstance(of_layer, CacheList) else [of_layer])
+    ]
     for cache in caches:
-        if type(cache) not in (DenseCache, RotatingKVCache):
+        if type(cache) not in (DenseCache, RotatingKVCache, ChunkedKVCache):
             raise UnsupportedModel(
                 f"{family} keeps its state in {type(cache).__name__}, "
                 "which can't be paged yet; only attention layers with K and V can"
@@ -211,9 +241,13 @@ def _layer_specs(module, family: str) -> list[LayerSpec]:
                 f"{family} keeps its first {cache.keep} positions beside a window, "
                 "which can't be paged yet"
             )
-    module(mx.zeros((1, 1), mx.int32), cache=caches)
+    module(mx.zeros((1, 1), mx.int32), cache=of_layers)
     if any(cache.keys is None for cache in caches):
         raise UnsupportedModel(f"{family} has layers that share K and V, which can't be paged yet")
+    if any(cache.values.shape[3] == 0 for cache in caches):
+        raise UnsupportedModel(
+            f"{family} has layers that keep K without V, which can't be paged yet"
+        )
     return [
         LayerSpec(
             window=getattr(cache, "max_size", None),
@@ -223,7 +257,13 @@ def _layer_specs(module, family: str) -> list[LayerSpec]:
             dtype=cache.keys.dtype,
         )
         for cache in caches
-    ]
+    ], nesting
+
+
+def _nested(caches: list, nesting: list[int | None]) -> list:
+    """One cache, or a list of them, for each layer."""
+    rest = iter(caches)
+    return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in nesting]
 
 
 def _logits(module) -> tuple[int, mx.Dtype]:
@@ -245,6 +285,8 @@ class _WantedRows:
     other until Python's collector ran."""
 
     rows: mx.array | EllipsisType | None = None
+    of_run: bool = False
+    """Whether rows lie along the length axis."""
     hidden: mx.array | None = None
     """What the backbone gave, of all rows: it comes after all of the layers' reads."""
 
@@ -272,7 +314,7 @@ def _gather_rows_of_backbone(module, wanted: _WantedRows) -> bool:
         if wanted.rows is None or not isinstance(hidden, mx.array):
             return hidden
         wanted.hidden = hidden
-        return hidden[wanted.rows]
+        return (hidden.swapaxes(0, 1) if wanted.of_run else hidden)[wanted.rows]
 
     backbone.__class__ = type(original.__name__, (original,), {"__call__": __call__})
     wanted.rows = mx.zeros(1, mx.int32)

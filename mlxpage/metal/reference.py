@@ -258,7 +258,7 @@ def _gathered(pool: mx.array, part: Format, block_size: int, indices: mx.array) 
     taken = mx.take(pool.flatten(0, 1), indices, axis=0)
     if part.bits is not None:
         taken = dequantised(taken, part, block_size)
-    return taken.reshape(*indices.shape[:2], -1, part.head_dim)
+    return taken.reshape(*indices.shape[:2], indices.shape[2] * block_size, part.head_dim)
 
 
 def paged_attention(
@@ -422,11 +422,13 @@ class Pool(layout.Pool):
         return after
 
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
-        """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
+        """K and V as each row, or all of a run, may read them: (T or 1, kv_heads, positions,
+        head_dim)."""
         kv_heads = self.kind.kv_heads
         heads = mx.arange(kv_heads, dtype=mx.int32)[None, :, None]
-        indices = step.row_tables[:, None, :] * kv_heads + heads
-        return gather(Blocks(self.k, self.v, self.kind), indices)
+        indices = step.fetched_tables[:, None, :] * kv_heads + heads
+        k, v = gather(Blocks(self.k, self.v, self.kind), indices)
+        return k[:, :, : step.num_fetched], v[:, :, : step.num_fetched]
 
     def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
         """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""

@@ -26,8 +26,8 @@ def is_installed() -> bool:
 def _attention(q, k, v, *args, scale=None, mask=None, sinks=None, **options):
     layer = k.tag if type(k) is Tagged and type(v) is Tagged and v.tag is k.tag else None
     if isinstance(layer, LayerCache) and not args and not options:
-        # No mask and "causal" are what the rows' own positions say anyway.
-        own = mask is None or isinstance(mask, str)
+        # No mask for a single row and "causal" are what the rows' own positions say anyway.
+        own = isinstance(mask, str) or (mask is None and q.shape[2] == 1)
         tag = MaskTag(layer.step, layer.step.window) if own else getattr(mask, "tag", None)
         if isinstance(tag, MaskTag) and tag.step is layer.step:
             return layer.attend(q, tag.window, scale, sinks)

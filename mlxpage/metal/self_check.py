@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxpage.errors import InvalidModel, MlxpageError, UnsupportedModel
-from mlxpage.metal import kernels, reference
+from mlxpage.metal import kernels, reference, seam
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, windows
-from mlxpage.metal.layout import Attention, LayerSpec, PoolKind, Rows
+from mlxpage.metal.layout import Attention, LayerSpec, PoolKind, Rows, Shape
 from mlxpage.metal.model import Model
 from mlxpage.metal.quantised import dequantised, quantised_blocks
 
@@ -25,15 +25,32 @@ _SLACK = 8
 # Of the largest logit. Logits that differ more depend on how a prompt is cut into forwards.
 _MOST_NOISE = 0.05
 _CHEAP_WINDOW = 64
+# How a step may be given to a model, the quickest way first; and whether it reads the K and V
+# that most only hand on.
+WAYS = [
+    (Shape.ROWS, False),
+    (Shape.ROWS, True),
+    (Shape.CHUNKS, True),
+    (Shape.SEQUENCES, True),
+]
 
 
-def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType = reference) -> None:
-    """Runs short random prompts through the pool and through mlx-lm's own caches.
+def check(
+    model: Model,
+    block_size: int,
+    seed: int = 0,
+    *,
+    backend: ModuleType = reference,
+    ways: list[tuple[Shape, bool]] = WAYS,
+) -> None:
+    """Runs short random prompts through the pool and through mlx-lm's own caches, and finds in
+    which of the `ways` the model takes them: its `shape` and `fetches` from now on.
 
     The pool is a small one of its own, its blocks in random order and full of other values. The
-    prompts come in chunks of several sequences, then as single rows. Every layer has to reach the
-    attention hook, and the logits have to agree within the noise that mlx-lm shows itself when it
-    takes the same prompt in one or in two forwards. Windows of up to 64 positions are passed.
+    prompts come in chunks of several sequences, then as single rows. The logits have to agree
+    within the noise that mlx-lm shows itself when it takes the same prompt in one or in two
+    forwards; if each token is a row of its own, every layer has to reach the attention hook.
+    Windows of up to 64 positions are passed.
 
     All that is in a pool that isn't quantised. If the model's are, kernels have to come as near to
     what the reference makes of such a pool as that is to the logits without quantising, and leave
@@ -43,6 +60,11 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
         UnsupportedModel: the model can't be run over a pool.
         InvalidModel: its logits are not finite.
     """
+    if not seam.is_installed():
+        raise UnsupportedModel(
+            "something in this process has replaced mx.fast.scaled_dot_product_attention since "
+            "the model was loaded: load it after that, or don't use both in one process"
+        )
     rng = np.random.default_rng(seed)
     lengths = [8, block_size + 1, 2 * block_size + 3]
     cheap = [w for w in windows(model.specs) if w is not None and w <= _CHEAP_WINDOW]
@@ -55,15 +77,6 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
         noise = np.abs(dense[-1] - _dense(model, prompts[-1][:-1], prompts[-1][-1:])).max()
     if not all(np.isfinite(logits).all() for logits in dense):
         raise InvalidModel(f"{model.family}: the logits are not finite; the weights are damaged")
-    # A RoPE that takes one position, say.
-    with _refusing(f"{model.family} can't compute tokens of several positions at once"):
-        model.fetches = False
-        plain = [spec.quantised(None, None) for spec in model.specs]
-        paged = _paged(model, plain, prompts, block_size, backend, rng).logits
-        if not all(np.isfinite(logits).all() for logits in paged):
-            model.fetches = True  # it reads the K and V that most models only hand on
-            paged = _paged(model, plain, prompts, block_size, backend, rng).logits
-
     scale = max(np.abs(logits).max() for logits in dense)
     if noise > _MOST_NOISE * scale:
         raise UnsupportedModel(
@@ -71,7 +84,18 @@ def check(model: Model, block_size: int, seed: int = 0, *, backend: ModuleType =
             f"differ by {noise:.2g}, and the largest is {scale:.2g}"
         )
     allowed = _SLACK * noise + _FLOOR[_working_dtype(model)] * scale
-    _compare(f"{model.family} computes something else over a block pool", paged, dense, allowed)
+    plain = [spec.quantised(None, None) for spec in model.specs]
+    for model.shape, model.fetches in ways:
+        try:
+            with _refusing(f"{model.family} can't compute over a block pool"):
+                paged = _paged(model, plain, prompts, block_size, backend, rng).logits
+            what = f"{model.family} computes something else over a block pool"
+            _compare(what, paged, dense, allowed)
+            break
+        except UnsupportedModel as error:
+            refused = error
+    else:
+        raise refused
     if model.specs != plain and backend is not reference:
         ours, theirs = (
             _paged(model, model.specs, prompts, block_size, each, rng)
@@ -191,7 +215,7 @@ def _paged(
             spans = [(cut[step], cut[step + 1]) for cut in cuts]
             logits = model(_rows(prompts, tables, spans, len(groups)))
             mx.eval(logits, cache.written())
-            if step == 0:
+            if step == 0 and model.shape is Shape.ROWS:
                 _check_every_layer_attends(model)
         return _Paged(list(np.array(logits.astype(mx.float32))), cache, tables)
     finally:

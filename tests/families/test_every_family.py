@@ -16,19 +16,37 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxpage.errors import InvalidModel, UnsupportedModel
 from mlxpage.metal import self_check
 from mlxpage.metal.backend import mx
+from mlxpage.metal.layout import Shape
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.full
 
-ROWS = "runs: each token a row of its own"
-
+# Families that don't take each token as a row of its own, but
+_OTHERWISE = {
+    Shape.CHUNKS: [
+        "deepseek_v3",
+        "deepseek_v32",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "kimi_k25",
+        "kimi_vl",
+        "longcat_flash",
+        "mistral3 of mistral4",
+        "mistral4",
+        "plamo",
+        "stablelm",
+    ],
+    Shape.SEQUENCES: ["afm7", "gemma2", "gpt_bigcode", "llama4"],
+}
 # Why a family is refused, as its users read it.
 _REFUSED = {
     "keeps its state in ArraysCache": [
+        "baichuan_m1",
         "bailing_hybrid",
         "bailing_moe_linear",
         "bailing_moe_v3",
+        "falcon_h1",
         "gear",
         "granitemoehybrid",
         "jamba",
@@ -50,30 +68,9 @@ _REFUSED = {
         "recurrent_gemma",
         "rwkv7",
     ],
-    "keeps its state in CacheList": [
-        "baichuan_m1",
-        "deepseek_v32",
-        "falcon_h1",
-        "glm_moe_dsa",
-        "longcat_flash",
-        "minimax_m3_vl",
-        "minimax_m3_vl, full attention",
-    ],
     "keeps its state in LayerCache": ["deepseek_v41"],
-    "keeps its state in ChunkedKVCache": ["llama4"],
-    "changes K and V after its cache": [
-        "deepseek_v3",
-        "glm4_moe_lite",
-        "kimi_k25",
-        "kimi_vl",
-        "mistral3 of mistral4",
-        "mistral4",
-        "plamo",
-        "stablelm",
-    ],
+    "keep K without V": ["minimax_m3_vl"],
     "layers that share K and V": ["nemotron-nas, linear"],
-    "can't compute tokens of several positions at once": ["gemma2", "gpt_bigcode"],
-    "computes something else over a block pool": ["afm7"],
     "reads 25 positions in a layer whose cache keeps 24": ["plamo3"],
     "dynamic NTK RoPE": ["qwen2, dynamic rope"],
     # It adds the name of its mask to its scores.
@@ -81,9 +78,10 @@ _REFUSED = {
     # It takes tokens out by making their logits infinite.
     "logits are not finite": ["phi3small"],
 }
-EXPECTED = {case: ROWS for case in zoo.CASES} | {
-    case: reason for reason, cases in _REFUSED.items() for case in cases
+SHAPES = {case: Shape.ROWS for case in zoo.CASES} | {
+    case: shape for shape, cases in _OTHERWISE.items() for case in cases
 }
+REASONS = {case: reason for reason, cases in _REFUSED.items() for case in cases}
 # Their modules call kernels of their own.
 NEED_METAL = {"bitnet", "muse_spark"}
 
@@ -105,7 +103,8 @@ def every_case(test):
 
 
 def test_what_is_expected_is_of_families_that_are_there():
-    assert set(EXPECTED) == set(zoo.CASES)
+    assert set(SHAPES) | set(REASONS) == set(zoo.CASES)
+    assert all(SHAPES[case] is Shape.ROWS for case in REASONS)
 
 
 @functools.cache
@@ -116,12 +115,13 @@ def prompts() -> list[list[int]]:
 
 @every_case
 def test_a_family_generates_what_mlx_lm_generates_or_is_refused(case):
-    if EXPECTED[case] != ROWS:
-        with pytest.raises((UnsupportedModel, InvalidModel), match=EXPECTED[case]):
+    if case in REASONS:
+        with pytest.raises((UnsupportedModel, InvalidModel), match=REASONS[case]):
             self_check.check(Model(*zoo.make(case)), 16)
         return
     model = Model(*zoo.make(case))
     self_check.check(model, 16)
+    assert model.shape is SHAPES[case]
     # A module that nothing of ours has touched.
     untouched, _ = zoo.make(case)
     expected = [oracle.generate(untouched, prompt, NEW) for prompt in prompts()]

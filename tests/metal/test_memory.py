@@ -10,11 +10,12 @@ import prose
 import pytest
 import serving
 import tiny_models
+from families import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxpage.errors import InvalidRequest, OutOfMemory
-from mlxpage.metal import memory
+from mlxpage.metal import memory, self_check
 from mlxpage.metal import model as models
 from mlxpage.metal.backend import Device, mx
 from mlxpage.metal.model import Model
@@ -333,6 +334,17 @@ def test_long_prompts_stay_in_their_plan(rows, context):
         max_num_batched_tokens=rows,
     )
     assert 0 < beside <= plan.scratch
+
+
+@pytest.mark.parametrize("rows, context", [(64, 4000), (500, 1000)])
+@pytest.mark.parametrize("family", ["stablelm", "llama4", "longcat_flash", "deepseek_v32"])
+def test_models_that_read_k_and_v_stay_in_their_plan(family, rows, context):
+    model = Model(*zoo.make(family))
+    self_check.check(model, 16)
+    prompts = [[i % 256 for i in range(context)]] * 2
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": rows}
+    beside, plan = measured(model, None, prompts, SamplingParams(max_tokens=2), **limits)
+    assert model.fetches and 0 < beside <= plan.scratch
 
 
 def prompts_of(tokenizer, count, shortest, longest):

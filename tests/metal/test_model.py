@@ -22,7 +22,7 @@ from mlxpage.metal import model as models
 from mlxpage.metal import self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import Rows
+from mlxpage.metal.layout import Rows, Shape
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
@@ -234,7 +234,7 @@ def caches(kinds):
         "A": lambda: cache.ArraysCache(2),
         "C": lambda: cache.ChunkedKVCache(32),
         "Q": cache.QuantizedKVCache,
-        "L": lambda: cache.CacheList(cache.KVCache(), cache.KVCache()),
+        "list with A": lambda: cache.CacheList(cache.KVCache(), cache.ArraysCache(2)),
     }
     return [makers[kind]() for kind in kinds]
 
@@ -244,8 +244,7 @@ def caches(kinds):
     [
         ("AKK", "state in ArraysCache"),
         ("KKA", "state in ArraysCache"),
-        ("KLK", "state in CacheList"),
-        ("CKK", "state in ChunkedKVCache"),
+        (["K", "list with A", "K"], "state in ArraysCache"),
         ("QQQ", "state in QuantizedKVCache"),
         (["R", "keep", "K"], "keeps its first 4 positions"),
         ("KKKK", "layers that share K and V"),
@@ -258,32 +257,43 @@ def test_a_cache_that_cannot_be_paged_is_refused(kinds, reason):
         Model(module, config)
 
 
-@pytest.mark.parametrize(
-    "family, reason",
-    [
-        ("mamba", "mamba keeps its state in ArraysCache"),
-        ("recurrent_gemma", "recurrent_gemma keeps its state in ArraysCache"),
-        ("baichuan_m1", "baichuan_m1 keeps its state in CacheList"),
-    ],
-)
-def test_families_with_other_state_are_refused(family, reason):
-    with pytest.raises(UnsupportedModel, match=reason):
-        Model(*odd_models.module(family))
+def test_a_window_that_is_wider_than_its_cache_is_refused():
+    with pytest.raises(UnsupportedModel, match="reads 25 positions in a layer whose cache keeps"):
+        self_check.check(Model(*odd_models.module("plamo3")), 16)
 
 
 @pytest.mark.parametrize(
-    "family, reason",
+    "family, shape, reads",
     [
-        ("stablelm", r"stablelm changes K and V after its cache \(layers \[0, 1, 2\]\)"),
-        ("deepseek_v3", "deepseek_v3 changes K and V after its cache"),
-        ("gpt_bigcode", "gpt_bigcode can't compute tokens of several positions at once"),
-        ("afm7", "afm7 computes something else over a block pool"),
-        ("plamo3", "reads 25 positions in a layer whose cache keeps 24"),
+        ("llama", Shape.ROWS, False),
+        ("stablelm", Shape.CHUNKS, True),
+        ("deepseek_v3", Shape.CHUNKS, True),
+        ("gpt_bigcode", Shape.SEQUENCES, True),
+        ("afm7", Shape.SEQUENCES, True),
     ],
 )
-def test_families_that_do_something_else_with_k_and_v_are_refused(family, reason):
-    with pytest.raises(UnsupportedModel, match=reason):
-        self_check.check(Model(*odd_models.module(family)), 16)
+def test_a_check_finds_how_a_model_takes_a_step(family, shape, reads):
+    model = Model(*odd_models.module(family))
+    self_check.check(model, 16)
+    assert (model.shape, model.fetches) == (shape, reads)
+
+
+@pytest.mark.parametrize("family", ["stablelm", "gpt_bigcode"])
+def test_a_step_in_several_forwards_gives_what_is_sampled_in_its_order(family):
+    """And that a sequence computes alone, whoever is computed beside it."""
+    model = Model(*odd_models.module(family))
+    self_check.check(model, 16)
+    lengths = [1, 1, 20, 33]
+    # Prompt log-probabilities come after the tokens that are sampled.
+    wanted = [0, 21, 54, 1, 5, 30]
+    logits = model(one_step(model, lengths, wanted))
+    assert logits.shape == (6, 256)
+    starts = np.cumsum([0, *lengths])
+    tokens = np.arange(sum(lengths)) % 200
+    for row, place in zip(logits, wanted, strict=True):
+        own = np.searchsorted(starts, place, side="right") - 1
+        plain = model.module(mx.array(tokens[starts[own] : place + 1])[None])[0, -1]
+        assert mx.abs(row - plain).max() < 1e-3 * mx.abs(plain).max()
 
 
 @pytest.mark.parametrize("scaling", [{"type": "dynamic"}, {"rope_type": "dynamic"}])

@@ -156,5 +156,5 @@ def test_a_foreign_patch_that_calls_ours_is_no_harm(model):
 def test_a_foreign_patch_is_noticed_at_load():
     model = tiny_models.make("llama", num_hidden_layers=1)
     mx.fast.scaled_dot_product_attention = seam._dense_attention
-    with pytest.raises(UnsupportedModel):
+    with pytest.raises(UnsupportedModel, match="has replaced"):
         self_check.check(model, 16)

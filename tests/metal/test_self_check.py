@@ -45,9 +45,10 @@ def test_a_model_that_mlx_lm_cannot_run_here_is_refused():
 
 
 def refused(model, dtype=mx.float32) -> bool:
+    """Whether a bug is found in the way that most models take: in another they may be right."""
     model = tiny(model, dtype) if isinstance(model, str) else model
     try:
-        self_check.check(model, 16)
+        self_check.check(model, 16, ways=self_check.WAYS[:1])
     except UnsupportedModel as error:
         assert "computes something else over a block pool" in str(error)
         return True
@@ -219,8 +220,8 @@ def test_wrong_positions_are_stopped(monkeypatch, kind, dtype):
     """All positions of a sequence one too far would be no difference to RoPE."""
     begin = KVCache.begin
 
-    def changed(self, rows):
-        begin(self, rows)
+    def changed(self, rows, **options):
+        begin(self, rows, **options)
         positions, lengths = rows.positions.copy(), np.diff(rows.starts)
         if kind == "decoding rows one too far":
             positions[: (lengths == 1).sum()] += 1
@@ -237,8 +238,8 @@ def test_wrong_positions_are_stopped(monkeypatch, kind, dtype):
 def test_rows_of_others_before_the_head_are_stopped(monkeypatch):
     begin = KVCache.begin
 
-    def changed(self, rows):
-        begin(self, rows)
+    def changed(self, rows, **options):
+        begin(self, rows, **options)
         rows.sample_rows[:] = np.maximum(rows.sample_rows - 1, 0)
 
     monkeypatch.setattr(KVCache, "begin", changed)

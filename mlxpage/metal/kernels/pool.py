@@ -31,18 +31,19 @@ class Step(layout.Step):
         self._slots: dict[int, mx.array] = {}
         self._work: dict[tuple, Work] = {}
         self._chunks: dict[tuple, list[Chunk]] = {}
-        self._row_lengths: mx.array | None = None
+        self._fetched_lengths: mx.array | None = None
         self.run_length: int | None = None
         """As in `plan_work`; the self-check cuts where a plan wouldn't."""
         self.is_traced = False
         """While a function is compiled: metadata made now would stay what it is."""
 
     @property
-    def row_lengths(self) -> mx.array:
-        """(T or more,) positions that each row may read, without a window."""
-        if self._row_lengths is None:
-            self._row_lengths = padded(self.rows.positions + 1)
-        return self._row_lengths
+    def fetched_lengths(self) -> mx.array:
+        """(T or 1, or more,) positions that each row, or a run, may read without a window."""
+        if self._fetched_lengths is None:
+            ends = self.rows.contexts if self.is_run else self.rows.positions + 1
+            self._fetched_lengths = padded(ends)
+        return self._fetched_lengths
 
     def slots(self, first: int) -> mx.array:
         """(T - first or more,) where the rows from `first` on are written to."""
@@ -173,10 +174,11 @@ class Pool(layout.Pool):
         return self.fence
 
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
-        """K and V as each row may read them: (T, kv_heads, M * block_size, head_dim)."""
-        rows, width = step.row_tables.shape
-        shape = (rows, width, width * step.block_size)
-        return gather(self._blocks, step.row_tables, step.row_lengths, shape, self.fence)
+        """K and V as each row, or all of a run, may read them: (T or 1, kv_heads, positions,
+        head_dim)."""
+        tables = step.fetched_tables
+        shape = (*tables.shape, step.num_fetched)
+        return gather(self._blocks, tables, step.fetched_lengths, shape, self.fence)
 
     def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
         """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
