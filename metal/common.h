@@ -94,28 +94,37 @@ struct Side<float> {
   typedef half type;
 };
 
-// Codes: as the highest bits of a float's fraction they make 1 + code / 2^BITS. See `factors`.
+// Codes: two at a time, as the lowest bits of two numbers of type half. They are subnormal, 2^-24 times
+// the code, or 2^-20 times it where it lies 4 bits higher: see `unit`. So two codes take a mask and two
+// conversions, and every second pair a shift.
 template <typename T, int BITS>
 struct Word {
   static METAL_FUNC void unpack(uint word, thread float* to) {
-    constexpr uint FRACTION = ((1u << BITS) - 1u) << (23 - BITS);
+    constexpr uint LOWEST_CODES = ((1u << BITS) - 1u) * 0x10001u;
 #pragma unroll
-    for (int i = 0; i < 32 / BITS; i++) {
-      const int right = (i + 1) * BITS - 23;
-      const uint moved = right > 0 ? word >> (right & 31) : word << (-right & 31);
-      to[i] = as_type<float>((moved & FRACTION) | 0x3f800000u);
+    for (int i = 0; i < 16 / BITS; i++) {
+      float codes[2];
+      Pair<half>::unpack((word >> i * BITS / 8 * 8) & (LOWEST_CODES << i * BITS % 8), codes);
+      to[i] = codes[0];
+      to[i + 16 / BITS] = codes[1];
     }
   }
 };
 
-// What makes an element of what a code is unpacked to: a factor, and what is added.
-template <typename T, int BITS>
+// What the i-th code of a word has to be multiplied by, when it's unpacked.
+template <int BITS>
+METAL_FUNC float unit(int i) {
+  return BITS < 16 ? float(1u << (24 - i * BITS % 8)) : 1.0f;
+}
+
+// The scale and the bias.
+template <typename T>
 METAL_FUNC float2 factors(uint side) {
   float scale_and_bias[2];
   Pair<typename Side<T>::type>::unpack(side, scale_and_bias);
   float2 v;
-  v.x = scale_and_bias[0] * float(1u << BITS % 32);
-  v.y = scale_and_bias[1] - v.x;
+  v.x = scale_and_bias[0];
+  v.y = scale_and_bias[1];
   return v;
 }
 
@@ -141,21 +150,25 @@ struct Share {
   uint sides[PIECES];
 };
 
-// The row at `offset` of a block of a head.
+// The row that is `next` behind the one at `offset` of a block of a head. If `next` is a constant, rows
+// share their address.
 template <int BLOCK_SIZE, typename T, int BITS, int GROUP, int PIECES, int WIDTH, int LANES>
 METAL_FUNC void load(
     thread Share<T, BITS, GROUP, PIECES, WIDTH, LANES>& share,
     const device uint* head,
-    int offset,
-    int lane) {
+    uint offset,
+    int next,
+    uint lane) {
   constexpr int ROW = PIECES * LANES * WIDTH * BITS / 32;
   constexpr int SIDES = PIECES * LANES * WIDTH / GROUP;
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
-    const int part = piece * LANES + lane;
-    load_words(head + offset * ROW + part * (WIDTH * BITS / 32), share.words[piece]);
+    const uint part = piece * LANES + lane;
+    const device uint* words = head + (offset * ROW + part * (WIDTH * BITS / 32));
+    load_words(words + next * ROW, share.words[piece]);
     if (BITS < 16) {
-      share.sides[piece] = head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];
+      const device uint* sides = head + (offset * SIDES + part * WIDTH / GROUP);
+      share.sides[piece] = sides[BLOCK_SIZE * ROW + next * SIDES];
     }
   }
 }
@@ -174,7 +187,7 @@ METAL_FUNC void store(
   }
 }
 
-// Elements, or of codes what makes elements by the `factors` of each piece.
+// Elements, or of codes what makes elements by the `unit` of each and the `factors` of each piece.
 template <typename T, int BITS, int GROUP, int PIECES, int WIDTH, int LANES>
 METAL_FUNC void unpack(
     const thread Share<T, BITS, GROUP, PIECES, WIDTH, LANES>& share, thread float* to) {
@@ -240,7 +253,7 @@ METAL_FUNC void read_piece(
     const device uint* head, bool exists, int offset, int piece, device T* row) {
   Share<T, BITS, GROUP, 1, WIDTH, DIM / WIDTH> share;
   if (exists) {
-    load<BLOCK_SIZE>(share, head, offset, piece);
+    load<BLOCK_SIZE>(share, head, offset, 0, piece);
   } else {
 #pragma unroll
     for (int i = 0; i < WIDTH * BITS / 32; i++) {
@@ -251,10 +264,10 @@ METAL_FUNC void read_piece(
   if (BITS < 16) {
     float elements[WIDTH];
     unpack(share, elements);
-    const float2 by = factors<T, BITS>(share.sides[0]);
+    const float2 by = factors<T>(share.sides[0]);
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) {
-      row[piece * WIDTH + i] = T(elements[i] * by.x + by.y);
+      row[piece * WIDTH + i] = T(elements[i] * unit<BITS>(i) * by.x + by.y);
     }
   } else {
     store_words((device uint*)(row + piece * WIDTH), share.words[0]);

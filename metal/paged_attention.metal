@@ -9,7 +9,8 @@
 // that halves their number each time, which leaves every lane with a few finished scores and a
 // single exponential each, instead of all scores in all lanes.
 //
-// Loads run ahead: K of the next step is fetched as soon as its registers are free, then V.
+// Loads run ahead: K of the next step is fetched as soon as its registers are free, then V, which has
+// other registers if it is codes.
 //
 // If APPEND, each sequence has one row, whose K and V come as inputs: they are put into the pool (in
 // place, see write_kv) and are where the softmax of their sequence's last run begins. Not into a
@@ -21,7 +22,8 @@
 //      the sequence's first row, number of rows and of positions, 0;
 //      ints: width, window; floats: scale, softcap; sinks [HEADS]; after
 // out: out [rows][HEADS][V_DIM], or [partial rows][HEADS][V_DIM] to be merged if SPLIT;
-//      stats likewise with 2 for V_DIM: largest score (times log2 e) and sum of the exponentials
+//      stats likewise with 2 for V_DIM: a score (times log2 e) that the largest one exceeds by MARGIN
+//      at most, and the sum of the exponentials, relative to it
 
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int THREADS = SIMD_GROUPS * 32;
@@ -38,6 +40,11 @@ constexpr int K_PIECES = K_SHARE / K_WIDTH;
 constexpr int V_PIECES = V_SHARE / V_WIDTH;
 constexpr bool K_CODES = K_BITS < 16;
 constexpr bool V_CODES = V_BITS < 16;
+// A lane's i-th query is number i ^ own_query: as long as lanes exchange scores of queries, all of them
+// give the upper half away. Not if some queries are padding, nor for a row to append.
+constexpr bool TURNED = QUERIES == PADDED_QUERIES && !APPEND;
+// How far scores may exceed what their exponentials are relative to, which seldom changes so.
+constexpr float MARGIN = 8.0f;
 typedef mlxpage::Share<KV, K_BITS, K_GROUP, K_PIECES, K_WIDTH, LANES> KShare;
 typedef mlxpage::Share<KV, V_BITS, V_GROUP, V_PIECES, V_WIDTH, LANES> VShare;
 
@@ -68,23 +75,26 @@ const int window = ints[1];
 const device uint* k_blocks = (const device uint*)k_pool;
 const device uint* v_blocks = (const device uint*)v_pool;
 
-// This lane's share of its rows of one step. Past the end it reads the last row again.
+// This lane's share of its rows of one step. Past the end it reads the last rows again; of codes also
+// the rest of their block, whatever that is. Where elements would be, a row may just be written.
+const int last_rows = (end - 1) / KEYS * KEYS;
 const int group_begin = begin + simd_group * STEP + key_group * KEYS;
 KShare key_shares[KEYS];
 VShare value_shares[KEYS];
-int next_key = 0;
-long next_block = 0;
+int next_key = min(group_begin, last_rows);
+int next_block = 0;
 if (begin < end) {  // not only a row to append
-  const int key = min(group_begin, end - 1);
-  const long block = table[key / BLOCK_SIZE];
-  const long head = block * KV_HEADS + kv_head;
+  const long head = uint(table[next_key / BLOCK_SIZE] * KV_HEADS + kv_head);
+  const uint offset = uint(next_key) % BLOCK_SIZE;
 #pragma unroll
   for (int i = 0; i < KEYS; i++) {
-    const int offset = min(key + i, end - 1) % BLOCK_SIZE;
-    mlxpage::load<BLOCK_SIZE>(key_shares[i], k_blocks + head * K_HEAD, offset, lane);
-    mlxpage::load<BLOCK_SIZE>(value_shares[i], v_blocks + head * V_HEAD, offset, lane);
+    const int at = min(i, end - 1 - next_key);
+    mlxpage::load<BLOCK_SIZE>(
+        key_shares[i], k_blocks + head * K_HEAD, offset, K_CODES ? i : at, lane);
+    mlxpage::load<BLOCK_SIZE>(
+        value_shares[i], v_blocks + head * V_HEAD, offset, V_CODES ? i : at, lane);
   }
-  next_key = min(group_begin + STRIDE, end - 1);
+  next_key = min(group_begin + STRIDE, last_rows);
   next_block = table[next_key / BLOCK_SIZE];
 }
 
@@ -95,9 +105,11 @@ KShare new_k;
 VShare new_v;
 if (appends) {
   const long from = long(row_start) * KV_HEADS + kv_head;
-  mlxpage::load<BLOCK_SIZE>(new_k, (const device uint*)(k + from * K_DIM), 0, lane);
-  mlxpage::load<BLOCK_SIZE>(new_v, (const device uint*)(v + from * V_DIM), 0, lane);
+  mlxpage::load<BLOCK_SIZE>(new_k, (const device uint*)(k + from * K_DIM), 0, 0, lane);
+  mlxpage::load<BLOCK_SIZE>(new_v, (const device uint*)(v + from * V_DIM), 0, 0, lane);
 }
+
+const int own_query = lane / QUERY_LANES;  // whose scores this lane finishes
 
 // The queries, in the lanes' shares, scaled so that exp2 takes their products.
 const float scale = SOFTCAP ? floats[0] / floats[1] : floats[0] * mlxpage::LOG2_E;
@@ -107,7 +119,7 @@ float sums[QUERIES][V_SHARE];
 float added[QUERIES][V_PIECES];  // to all sums of a piece
 #pragma unroll
 for (int i = 0; i < QUERIES; i++) {
-  const int query = first_query + min(i, num_queries - 1);
+  const int query = first_query + min(TURNED ? i ^ own_query : i, num_queries - 1);
   const int row = row_start + query / GROUP;
   const device T* from = q + (long(row) * HEADS + kv_head * GROUP + query % GROUP) * K_DIM;
 #pragma unroll
@@ -124,6 +136,7 @@ for (int i = 0; i < QUERIES; i++) {
 #pragma unroll
     for (int j = 0; j < K_WIDTH; j++) {
       query_sums[i][piece] += queries[i][piece * K_WIDTH + j];
+      queries[i][piece * K_WIDTH + j] *= mlxpage::unit<K_BITS>(j);
     }
   }
 #pragma unroll
@@ -132,8 +145,7 @@ for (int i = 0; i < QUERIES; i++) {
   }
 }
 
-// The scores that this lane finishes: of one query, of OWN keys in a row.
-const int own_query = lane / QUERY_LANES;
+// The scores that this lane finishes: of its own query, of OWN keys in a row.
 const int own_key = key_group * KEYS + lane % QUERY_LANES / COPIES * OWN;
 const int position = context - rows + (first_query + min(own_query, num_queries - 1)) / GROUP;
 const int last_key = min(position, end - 1);
@@ -193,7 +205,7 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
     if (K_CODES) {
 #pragma unroll
       for (int piece = 0; piece < K_PIECES; piece++) {
-        by[piece] = mlxpage::factors<KV, K_BITS>(key_shares[i].sides[piece]);
+        by[piece] = mlxpage::factors<KV>(key_shares[i].sides[piece]);
       }
     }
 #pragma unroll
@@ -213,14 +225,31 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
     }
   }
 
-  // The next step's K.
+  // The next step's K, and V if it is codes, which are few words. An NVIDIA GPU counts what is on its way
+  // for both together: if V were fetched last, the next step would wait for it to begin with K.
+  VShare values[KEYS];
+#pragma unroll
+  for (int i = 0; i < KEYS; i++) {
+    values[i] = value_shares[i];
+    if (V_CODES && step + STEP > end && step + key_group * KEYS + i >= end) {
+#pragma unroll
+      for (int piece = 0; piece < V_PIECES; piece++) {
+        values[i].sides[piece] = 0;  // what is there may be no number, which no weight makes zero
+      }
+    }
+  }
   const bool more = step + STRIDE < end;
-  const long next_head = next_block * KV_HEADS + kv_head;
+  const long next_head = uint(next_block * KV_HEADS + kv_head);
+  const uint next_offset = uint(next_key) % BLOCK_SIZE;
   if (more) {
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
-      const int offset = min(next_key + i, end - 1) % BLOCK_SIZE;
-      mlxpage::load<BLOCK_SIZE>(key_shares[i], k_blocks + next_head * K_HEAD, offset, lane);
+      const int at = K_CODES ? i : min(i, end - 1 - next_key);
+      mlxpage::load<BLOCK_SIZE>(key_shares[i], k_blocks + next_head * K_HEAD, next_offset, at, lane);
+      if (V_CODES) {
+        mlxpage::load<BLOCK_SIZE>(
+            value_shares[i], v_blocks + next_head * V_HEAD, next_offset, i, lane);
+      }
     }
   }
 
@@ -230,7 +259,7 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
   for (int mask = LANES / 2, count = SCORES; mask > 0; mask /= 2) {
     if (count > 1) {
       count /= 2;
-      const bool upper = (lane & mask) != 0;
+      const bool upper = !(TURNED && mask >= QUERY_LANES) && (lane & mask) != 0;
 #pragma unroll
       for (int i = 0; i < SCORES / 2; i++) {
         if (i < count) {
@@ -245,7 +274,7 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
   }
 
   // Softmax so far.
-  float new_largest = largest;
+  bool exceeds = false;
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
     const int at = step + own_key + i;
@@ -253,17 +282,22 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
       scores[i] = floats[1] * mlxpage::LOG2_E * tanh(scores[i]);
     }
     scores[i] = at <= last_key && at > first_key ? scores[i] : -INFINITY;
-    new_largest = max(new_largest, scores[i]);
+    exceeds = exceeds || scores[i] > largest + MARGIN;
   }
+  if (simd_any(exceeds)) {
+    float new_largest = largest;
 #pragma unroll
-  for (int mask = QUERY_LANES / 2; mask > 0; mask /= 2) {
-    new_largest = max(new_largest, simd_shuffle_xor(new_largest, ushort(mask)));
-  }
+    for (int i = 0; i < OWN; i++) {
+      new_largest = max(new_largest, scores[i]);
+    }
 #pragma unroll
-  for (int mask = LANES; mask < 32; mask *= 2) {
-    new_largest = max(new_largest, simd_shuffle_xor(new_largest, ushort(mask)));
-  }
-  if (simd_any(new_largest > largest)) {
+    for (int mask = QUERY_LANES / 2; mask > 0; mask /= 2) {
+      new_largest = max(new_largest, simd_shuffle_xor(new_largest, ushort(mask)));
+    }
+#pragma unroll
+    for (int mask = LANES; mask < 32; mask *= 2) {
+      new_largest = max(new_largest, simd_shuffle_xor(new_largest, ushort(mask)));
+    }
     const float factor = fast::exp2(largest - new_largest);
     total *= factor;
 #pragma unroll
@@ -290,12 +324,12 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
 #pragma unroll
   for (int i = 0; i < KEYS; i++) {
     float elements[V_SHARE];
-    mlxpage::unpack(value_shares[i], elements);
+    mlxpage::unpack(values[i], elements);
     float2 by[V_PIECES];
     if (V_CODES) {
 #pragma unroll
       for (int piece = 0; piece < V_PIECES; piece++) {
-        by[piece] = mlxpage::factors<KV, V_BITS>(value_shares[i].sides[piece]);
+        by[piece] = mlxpage::factors<KV>(values[i].sides[piece]);
       }
     }
 #pragma unroll
@@ -317,12 +351,15 @@ for (int step = begin + simd_group * STEP; step < end; step += STRIDE) {
 
   // The next step's V, and the block after it.
   if (more) {
+    if (!V_CODES) {
 #pragma unroll
-    for (int i = 0; i < KEYS; i++) {
-      const int offset = min(next_key + i, end - 1) % BLOCK_SIZE;
-      mlxpage::load<BLOCK_SIZE>(value_shares[i], v_blocks + next_head * V_HEAD, offset, lane);
+      for (int i = 0; i < KEYS; i++) {
+        const int at = min(i, end - 1 - next_key);
+        mlxpage::load<BLOCK_SIZE>(
+            value_shares[i], v_blocks + next_head * V_HEAD, next_offset, at, lane);
+      }
     }
-    next_key = min(next_key + STRIDE, end - 1);
+    next_key = min(next_key + STRIDE, last_rows);
     next_block = table[next_key / BLOCK_SIZE];
   }
 }
@@ -347,7 +384,8 @@ if (key_group == 0 && lane % QUERY_LANES == 0) {
 for (int i = 0; i < QUERIES; i++) {
 #pragma unroll
   for (int j = 0; j < V_SHARE; j++) {
-    float sum = V_CODES ? sums[i][j] + added[i][j / V_WIDTH] : sums[i][j];
+    float sum = sums[i][j] * mlxpage::unit<V_BITS>(j);
+    sum = V_CODES ? sum + added[i][j / V_WIDTH] : sum;
 #pragma unroll
     for (int mask = LANES; mask < 32; mask *= 2) {
       sum += simd_shuffle_xor(sum, ushort(mask));

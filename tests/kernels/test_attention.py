@@ -216,15 +216,17 @@ def side_by_side(case):
 
 @pytest.mark.parametrize("run", [ONE_RUN, 32], ids=["one run", "several runs"])
 @pytest.mark.parametrize("size", [1e-6, 30.0, 3000.0])
-def test_scores_of_any_size(size, run):
+@pytest.mark.parametrize("bits", [BITS["plain"], (8, 4)], ids=["plain", "8/4"])
+def test_scores_of_any_size(bits, size, run):
     """From all alike to a single one that counts, with partial results that differ by e^1000s."""
     rng = np.random.default_rng(1)
     case = paging.case(rng, [(150, 1), (77, 2)], heads=(2, 3, 64, 64), sinks=True)
     case.scale = size
     with paging.cut(run):
-        out = paging.attended(case, mx.float32, mx.float32, split=run < ONE_RUN)
+        out = paging.attended(case, mx.float32, mx.float32, split=run < ONE_RUN, bits=bits)
+    expected = paging.exact(paging.coded_case(case, mx.float32, bits))
     # A large score has fewer bits behind the point.
-    assert paging.error(out, paging.exact(case)) < TOLERANCE[mx.float32] * max(1, size / 10)
+    assert paging.error(out, expected) < TOLERANCE[mx.float32] * max(1, size / 10)
 
 
 @pytest.mark.parametrize("run", [ONE_RUN, 32], ids=["one run", "several runs"])

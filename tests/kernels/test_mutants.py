@@ -29,8 +29,8 @@ MUTANTS = [
     (ATTENTION, "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
     (ATTENTION, "at <= last_key && at > first_key", "at <= last_key"),
     (ATTENTION, "total *= factor;", ""),
-    (ATTENTION, "const int offset = min(key + i, end - 1) % BLOCK_SIZE;", "const int offset = (key + i) % BLOCK_SIZE;"),
-    (ATTENTION, "if (simd_any(new_largest > largest)) {", "if (new_largest > largest) {"),
+    (ATTENTION, "int next_key = min(group_begin, last_rows);", "int next_key = group_begin;"),
+    (ATTENTION, "if (simd_any(exceeds)) {", "if (exceeds) {"),
     (MERGE, "if (row >= ints[0]) {", "if (row > ints[0]) {"),
     (MERGE, "SINKS && lane == 0 ?", "SINKS ?"),
     (WRITE, "if (row >= ints[0]) {", "if (row > ints[0]) {"),
@@ -43,15 +43,15 @@ MUTANTS = [
     (ATTENTION, "constexpr int STRIDE = SIMD_GROUPS * STEP;", "constexpr int STRIDE = STEP;"),
     (ATTENTION, "step < end; step += STRIDE", "step + STEP < end; step += STRIDE"),
     (ATTENTION, "part += queries[query][e] * elements[e];", "part += queries[0][e] * elements[e];"),
-    (ATTENTION, "const bool upper = (lane & mask) != 0;", "const bool upper = (lane & mask) == 0;"),
+    (ATTENTION, "&& (lane & mask) != 0;", "&& (lane & mask) == 0;"),
     (ATTENTION, "scores[0] += simd_shuffle_xor(scores[0], ushort(mask));", ""),
     (ATTENTION, "sums[i][j] *= of_query;", ""),
     (ATTENTION, "simd_shuffle(factor, ushort(i * QUERY_LANES))", "simd_shuffle(factor, ushort(i))"),
     (ATTENTION, "score / OWN * COPIES);", "score / OWN);"),
     (ATTENTION, "largest = new_largest;", ""),
     (ATTENTION, "scores[i] = fast::exp2(scores[i] - largest);", "scores[i] = fast::exp2(scores[i]);"),
-    (ATTENTION, "next_key = min(next_key + STRIDE, end - 1);", ""),
-    (ATTENTION, "next_key + STRIDE, end - 1);\nnext_block = table[next_key / BLOCK_SIZE];", "next_key + STRIDE, end - 1);"),
+    (ATTENTION, "next_key = min(next_key + STRIDE, last_rows);", ""),
+    (ATTENTION, "next_key + STRIDE, last_rows);\nnext_block = table[next_key / BLOCK_SIZE];", "next_key + STRIDE, last_rows);"),
     (ATTENTION, "for (int mask = COPIES; mask < QUERY_LANES; mask *= 2) {", "for (int mask = 1; mask < QUERY_LANES; mask *= 2) {"),
     (ATTENTION, "if (key_group == 0 && lane % QUERY_LANES == 0) {", "if (lane % QUERY_LANES == 0) {"),
     (ATTENTION, "group_sums[SIMD_GROUPS * QUERIES * V_DIM];", "group_sums[SIMD_GROUPS * QUERIES * V_DIM - 4];"),
@@ -92,12 +92,12 @@ MUTANTS = [
     (COPY, "if (copy >= ints[0]) {", "if (copy > ints[0]) {"),
     (COMMON, "words[3] = v.w;", "words[3] = v.z;"),
     (COMMON, "to[0] = as_type<float>(word << 16);", "to[0] = as_type<float>(word << 15);"),
-    (COMMON, "load_words(head + offset * ROW + part * (WIDTH * BITS / 32), share.words[piece]);", "load_words(head + offset * ROW + part * (WIDTH * BITS / 32) + 1, share.words[piece]);"),
-    (COMMON, "head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];", "head[BLOCK_SIZE * ROW + offset * SIDES];"),
-    (COMMON, "head[BLOCK_SIZE * ROW + offset * SIDES + part * WIDTH / GROUP];", "head[BLOCK_SIZE * ROW + part * WIDTH / GROUP];"),
-    (COMMON, "const int right = (i + 1) * BITS - 23;", "const int right = i * BITS - 23 + 8;"),
-    (COMMON, "v.y = scale_and_bias[1] - v.x;", "v.y = scale_and_bias[1];"),
-    (COMMON, "share.sides[piece] = head[", "share.sides[0] = head["),
+    (COMMON, "load_words(words + next * ROW, share.words[piece]);", "load_words(words + next * ROW + 1, share.words[piece]);"),
+    (COMMON, "(offset * SIDES + part * WIDTH / GROUP);", "(offset * SIDES);"),
+    (COMMON, "(offset * SIDES + part * WIDTH / GROUP);", "(part * WIDTH / GROUP);"),
+    (COMMON, "word >> i * BITS / 8 * 8", "word >> i * BITS"),
+    (COMMON, "float(1u << (24 - i * BITS % 8))", "float(1u << 24)"),
+    (COMMON, "share.sides[piece] = sides[", "share.sides[0] = sides["),
     (COMMON, "high = max(high, element);", ""),
     (COMMON, "for (int i = 1; i < GROUP; i++) {", "for (int i = 1; i < GROUP - 1; i++) {"),
     (COMMON, "return uint(as_type<ushort>(low)) | uint(as_type<ushort>(high)) << 16;", "return uint(as_type<ushort>(high)) | uint(as_type<ushort>(low)) << 16;"),
@@ -109,8 +109,16 @@ MUTANTS = [
     (ATTENTION, "query_sums[query][piece] * by[piece].y", "query_sums[0][piece] * by[piece].y"),
     (ATTENTION, "query_sums[i][piece] += queries[i][piece * K_WIDTH + j];", "query_sums[i][piece] += queries[i][j];"),
     (ATTENTION, "added[i][piece] *= of_query;", ""),
-    (ATTENTION, "sums[i][j] + added[i][j / V_WIDTH]", "sums[i][j] + added[i][0]"),
-    (ATTENTION, "by[piece] = mlxpage::factors<KV, V_BITS>(value_shares[i].sides[piece]);", "by[piece] = mlxpage::factors<KV, V_BITS>(value_shares[i].sides[0]);"),
+    (ATTENTION, "sum + added[i][j / V_WIDTH]", "sum + added[i][0]"),
+    (ATTENTION, "by[piece] = mlxpage::factors<KV>(values[i].sides[piece]);", "by[piece] = mlxpage::factors<KV>(values[i].sides[0]);"),
+    (ATTENTION, "values[i].sides[piece] = 0;", ""),
+    (ATTENTION, "step + key_group * KEYS + i >= end", "step + key_group * KEYS + i > end"),
+    (ATTENTION, "K_CODES ? i : min(i, end - 1 - next_key)", "i"),
+    (ATTENTION, "queries[i][piece * K_WIDTH + j] *= mlxpage::unit<K_BITS>(j);", "queries[i][piece * K_WIDTH + j] *= mlxpage::unit<K_BITS>(0);"),
+    (ATTENTION, "sums[i][j] * mlxpage::unit<V_BITS>(j)", "sums[i][j] * mlxpage::unit<V_BITS>(0)"),
+    (ATTENTION, "TURNED ? i ^ own_query : i", "i"),
+    (ATTENTION, "!(TURNED && mask >= QUERY_LANES)", "!TURNED"),
+    (ATTENTION, "new_largest = max(new_largest, scores[i]);", ""),
 ]  # fmt: skip
 
 
@@ -149,6 +157,7 @@ def check_attention() -> None:
     test_attention.test_attention_of_rows_that_are_appended(
         "a first row behind one that fills a block", False, None
     )
+    test_attention.test_scores_of_any_size((8, 4), 30.0, ONE_RUN)
 
 
 def check_moving() -> None:
