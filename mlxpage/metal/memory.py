@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlxpage.errors import InvalidRequest, OutOfMemory
 from mlxpage.metal import reference
@@ -232,6 +233,11 @@ def _gathered_bytes(spec: LayerSpec) -> int:
     return plain + (spec.kv_heads * codes * _UNPACKING_BYTES if device().kind == "cpu" else 0)
 
 
+def _first(config: dict[str, Any], *names: str) -> int:
+    """What is stated under the first of the `names` by which families call it; 0 if under none."""
+    return next((int(config[name]) for name in names if config.get(name)), 0)
+
+
 def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """An upper estimate of what one step allocates beside weights and a pool of `tokens`.
 
@@ -239,10 +245,10 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
     and for one layer the scores of a chunk and the K and V that are gathered.
     """
     config = model.config | (model.config.get("text_config") or {})
-    hidden = int(config.get("hidden_size") or 4096)
+    hidden = _first(config, "hidden_size", "hidden_dim", "n_embd", "d_model") or 4096
     widths = config.get("intermediate_size") or 0  # of each layer, in some families
     wide = max(*(widths if isinstance(widths, list) else [int(widths)]), 4 * hidden)
-    heads = int(config.get("num_attention_heads") or 32)
+    heads = _first(config, "num_attention_heads", "num_heads", "n_head", "n_heads") or 32
     rows = max_num_batched_tokens
     context = min(model.context_length or 2**17, tokens)
 

@@ -5,12 +5,14 @@ pool so small that somebody has to start again.
 """
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import serving
-from families import zoo
+from families import document, zoo
+from families.outcomes import NEED_METAL, REFUSALS, SHAPES, WITH_STATES
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxpage.errors import InvalidModel, UnsupportedModel
@@ -20,71 +22,6 @@ from mlxpage.metal.layout import Shape
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.full
-
-# Families that don't take each token as a row of its own, but
-_OTHERWISE = {
-    Shape.CHUNKS: [
-        "deepseek_v3",
-        "deepseek_v32",
-        "glm4_moe_lite",
-        "glm_moe_dsa",
-        "kimi_k25",
-        "kimi_vl",
-        "longcat_flash",
-        "mistral3 of mistral4",
-        "mistral4",
-        "plamo",
-        "stablelm",
-    ],
-    Shape.SEQUENCES: ["afm7", "gemma2", "gpt_bigcode", "llama4"],
-}
-# Why a family is refused, as its users read it.
-_REFUSED = {
-    "keeps its state in ArraysCache": [
-        "baichuan_m1",
-        "bailing_hybrid",
-        "bailing_moe_linear",
-        "bailing_moe_v3",
-        "falcon_h1",
-        "gear",
-        "granitemoehybrid",
-        "jamba",
-        "kimi_k3",
-        "kimi_linear",
-        "lfm2",
-        "lfm2-vl",
-        "lfm2_moe",
-        "longcat_flash_ngram",
-        "mamba",
-        "mamba2",
-        "nemotron_h",
-        "olmo_hybrid",
-        "plamo2",
-        "prism_hadamard_qwen35",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "qwen3_next",
-        "recurrent_gemma",
-        "rwkv7",
-    ],
-    "keeps its state in LayerCache": ["deepseek_v41"],
-    "keep K without V": ["minimax_m3_vl"],
-    "layers that share K and V": ["nemotron-nas, linear"],
-    "reads 25 positions in a layer whose cache keeps 24": ["plamo3"],
-    "dynamic NTK RoPE": ["qwen2, dynamic rope"],
-    # It adds the name of its mask to its scores.
-    "mlx-lm can't run olmo": ["olmo"],
-    # It takes tokens out by making their logits infinite.
-    "logits are not finite": ["phi3small"],
-}
-SHAPES = {case: Shape.ROWS for case in zoo.CASES} | {
-    case: shape for shape, cases in _OTHERWISE.items() for case in cases
-}
-REASONS = {case: reason for reason, cases in _REFUSED.items() for case in cases}
-# Their modules call kernels of their own.
-NEED_METAL = {"bitnet", "muse_spark"}
-
 LENGTHS = (3, 70, 9, 17, 31, 24, 45, 14)
 NEW = 12
 # The longest prompt and what is generated after it take 21.
@@ -92,19 +29,39 @@ BLOCK_SIZE, BLOCKS, CHUNK = 4, 22, 32
 LOGPROB_ERROR = 2e-3
 
 
-def every_case(test):
-    cases = [
-        pytest.param(case, marks=[pytest.mark.skip("needs Metal")])
-        if case in NEED_METAL and not mx.metal.is_available()
-        else case
-        for case in zoo.CASES
-    ]
-    return pytest.mark.parametrize("case", cases)(test)
+# Some of each kind: the rest takes a minute or two.
+_QUICK = {
+    *("llama", "gemma3n", "gemma4_text", "iquestloopcoder", "mimo_v2_flash", "minicpm3", "phi3"),
+    *("deepseek_v3", "deepseek_v32", "longcat_flash", "stablelm"),
+    *("afm7", "gemma2", "gpt_bigcode", "llama4"),
+    *("mamba", "qwen3_next", "plamo3", "olmo"),
+}
+
+
+def of_cases(cases):
+    def marks(case):
+        if case in NEED_METAL and not mx.metal.is_available():
+            yield pytest.mark.skip("needs Metal")
+        if case not in _QUICK:
+            yield pytest.mark.full
+
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=list(marks(case))) for case in cases]
+    )
+
+
+every_case = of_cases(zoo.CASES)
 
 
 def test_what_is_expected_is_of_families_that_are_there():
-    assert set(SHAPES) | set(REASONS) == set(zoo.CASES)
-    assert all(SHAPES[case] is Shape.ROWS for case in REASONS)
+    assert {*SHAPES, *REFUSALS} == set(zoo.CASES) >= NEED_METAL
+    assert not SHAPES.keys() & REFUSALS.keys()
+    assert set(zoo.CASES) >= _QUICK
+
+
+def test_users_are_told_what_becomes_of_each():
+    written = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert written == document.document(), f"see {document.__name__}"
 
 
 @functools.cache
@@ -115,8 +72,8 @@ def prompts() -> list[list[int]]:
 
 @every_case
 def test_a_family_generates_what_mlx_lm_generates_or_is_refused(case):
-    if case in REASONS:
-        with pytest.raises((UnsupportedModel, InvalidModel), match=REASONS[case]):
+    if case in REFUSALS:
+        with pytest.raises((UnsupportedModel, InvalidModel), match=REFUSALS[case].error):
             self_check.check(Model(*zoo.make(case)), 16)
         return
     model = Model(*zoo.make(case))
@@ -137,6 +94,24 @@ def test_a_family_generates_what_mlx_lm_generates_or_is_refused(case):
     assert engine.scheduler.num_preemptions > 0
 
 
+# In one forward all are alike.
+@of_cases(case for case, shape in SHAPES.items() if shape is not Shape.ROWS)
+def test_prompts_that_begin_alike_share_blocks_and_branch(case):
+    model = Model(*zoo.make(case))
+    self_check.check(model, 16)
+    untouched, _ = zoo.make(case)
+    beginning = prompts()[1][:45]
+    alike = [beginning + prompt[:20] for prompt in prompts()[:5]] * 2
+    expected = [oracle.generate(untouched, prompt, NEW) for prompt in alike for _ in range(2)]
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=0, n=2)
+    engine = serving.engine(model, num_blocks=256, max_num_seqs=6, max_num_batched_tokens=64)
+    outputs = serving.serve(engine, alike, params)
+    choices = [choice for output in outputs for choice in (output, *output.choices)]
+    comparison = oracle.compare(choices, expected)
+    assert not comparison.wrong and comparison.logprob_error < LOGPROB_ERROR
+    assert sum(output.num_cached_tokens for output in outputs) >= 5 * 32
+
+
 # Of the largest logit: a wrong K, V or state has to change more than rounding does.
 _MATTERS = 2e-3
 
@@ -151,10 +126,8 @@ def change(found: np.ndarray, expected: np.ndarray) -> float:
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-@every_case
+@of_cases(case for case in zoo.CASES if case != "olmo")  # which mlx-lm can't run
 def test_what_a_tiny_model_generates_depends_on_all_that_it_has_read(case):
-    if case == "olmo":
-        pytest.skip("mlx-lm can't run it")
     module, _ = zoo.make(case)
     tokens = np.random.default_rng(2).integers(0, 256, 200)
     found = logits(module, tokens, make_prompt_cache(module))
@@ -186,13 +159,12 @@ def states(caches) -> list:
     return found
 
 
-@every_case
+@of_cases(case for case in zoo.CASES if case in WITH_STATES)
 def test_what_a_tiny_model_keeps_beside_k_and_v_matters(case):
     module, _ = zoo.make(case)
     tokens = np.random.default_rng(3).integers(0, 256, 48)
     kept = make_prompt_cache(module)
-    if not states(kept):
-        pytest.skip("it keeps nothing else")
+    assert states(kept)
     forgotten = make_prompt_cache(module)
     for cache in (kept, forgotten):
         mx.eval(module(mx.array(tokens)[None], cache=cache))
