@@ -19,7 +19,7 @@ PROMPTS = "What is the capital of France?" \
 
 help:
 	@echo "make demo     generate from four prompts at once (MODEL=$(MODEL))"
-	@echo "make test     the tests (ARGS=... for pytest)"
+	@echo "make test     the tests, two at a time (ARGS=... for pytest)"
 	@echo "make lint     ruff, check and format"
 	@echo "make clean    remove .venv and everything built"
 
@@ -27,7 +27,7 @@ demo: .venv/ready
 	@.venv/bin/python -m mlxpage generate $(MODEL) $(PROMPTS) --max-tokens 48 --temp 0 $(ARGS)
 
 test: .venv/ready
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/ready
 	@.venv/bin/python -m ruff check .
