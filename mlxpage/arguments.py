@@ -27,6 +27,7 @@ def check_options(
     max_num_seqs: int,
     max_num_batched_tokens: int = 512,
     dtype: str | None,
+    adapter_path: Any = None,
     kv_bits: KVBits = None,
     num_blocks: int | None = None,
     prefix_cache: bool = True,
@@ -40,6 +41,8 @@ def check_options(
     """Raises InvalidRequest for what no model can be loaded with."""
     if not isinstance(model, (str, os.PathLike)):
         raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
+    if adapter_path is not None and not isinstance(adapter_path, (str, os.PathLike)):
+        raise InvalidRequest(f"adapter_path is {adapter_path!r:.80}; it must be a folder")
     _check_one_of("block_size", block_size, (16, 32))
     _check_one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
     kv_bits_pair(kv_bits)

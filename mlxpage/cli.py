@@ -145,6 +145,7 @@ class _KVBits(click.ParamType):
 _kv_bits = click.option("--kv-bits", type=_KVBits(), help="Bits of K and V, 8 or 4; for each: 8,4.")
 
 _engine_options = _options(
+    click.option("--adapter-path", help="Folder of an adapter that mlx-lm has trained."),
     click.option("--memory", help="Budget for weights, pool and scratch: 4GB or 50%."),
     click.option("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
     click.option("--block-size", type=int, default=16, show_default=True, help="16 or 32 tokens."),
@@ -212,7 +213,7 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of sampling, and of the engine."""
     engine_names = (
         *("memory", "num_blocks", "block_size", "kv_bits"),
-        *("cache_dir", "cache_disk", "backend", "dtype"),
+        *("adapter_path", "cache_dir", "cache_disk", "backend", "dtype"),
     )
     engine = {name: options.pop(name) for name in engine_names}
     return options, engine

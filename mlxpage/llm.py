@@ -44,6 +44,7 @@ class LLM:
 
     Args:
         model: a folder, a model of the Hugging Face hub, or the name of a demo model.
+        adapter_path: a folder that mlx-lm has trained an adapter for the model into.
         memory: budget for weights, pool and scratch: "4GB", "50%" of the machine's, or bytes.
             None: at most half, and no larger a pool than the sequences usually need. Within it the
             pool starts small and grows when a request would wait or something cached be lost.
@@ -83,6 +84,7 @@ class LLM:
         self,
         model: str | os.PathLike[str],
         *,
+        adapter_path: str | os.PathLike[str] | None = None,
         memory: str | int | None = None,
         num_blocks: int | None = None,
         block_size: int = 16,
@@ -102,6 +104,7 @@ class LLM:
     ):
         check_options(
             model,
+            adapter_path=adapter_path,
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
@@ -120,6 +123,7 @@ class LLM:
 
         folder = model_store.resolve(model, on_status=on_status)
         config = model_store.check_folder(folder)
+        adapter = None if adapter_path is None else model_store.check_adapter(adapter_path)
         self.folder = folder
         self.defaults = model_store.generation_defaults(folder)
 
@@ -133,6 +137,7 @@ class LLM:
             partial(
                 load_engine,
                 folder=folder,
+                adapter=adapter,
                 sizes={"memory": memory, "num_blocks": num_blocks, "block_size": block_size},
                 limits={
                     "max_num_seqs": max_num_seqs,

@@ -24,6 +24,7 @@ def load_engine(
     closing: threading.Event,
     *,
     folder: Path,
+    adapter: Path | None,
     sizes: dict[str, Any],
     limits: dict[str, int],
     prefix_cache: bool,
@@ -51,14 +52,14 @@ def load_engine(
                 raise EngineError(reason) from error
 
     sizing.check_weights(folder, sizes["memory"])
-    before = disk and _fingerprint(folder)
-    loaded = models.load(folder, dtype=dtype, on_bytes=on_bytes)
+    before = disk and _fingerprint(folder, adapter)
+    loaded = models.load(folder, adapter=adapter, dtype=dtype, on_bytes=on_bytes)
     loaded.quantise_cache(*kv_bits)
     plan = sizing.plan(loaded, **sizes, **limits)
     served = choice.checked(loaded, sizes["block_size"], backend, on_status)
     tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
     options = {"defaults": defaults, "seed": seed, "backend": served, "prefix_cache": prefix_cache}
-    if before is not None and _fingerprint(folder) != before:
+    if before is not None and _fingerprint(folder, adapter) != before:
         _warn_of_no_disk(f"{folder} has changed while it was loaded")
         before = None
     if before is None:
@@ -73,9 +74,9 @@ def load_engine(
         raise
 
 
-def _fingerprint(folder: Path) -> str | None:
+def _fingerprint(folder: Path, adapter: Path | None) -> str | None:
     try:
-        return fingerprint(folder)
+        return fingerprint(folder, adapter)
     except (OSError, ValueError) as error:
         _warn_of_no_disk(f"{folder} can't be told from other models: {error}")
         return None

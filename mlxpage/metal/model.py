@@ -148,6 +148,7 @@ class Model:
 def load(
     folder: Path,
     *,
+    adapter: Path | None = None,
     dtype: str | None = None,
     weights: bool = True,
     on_bytes: Callable[[int, int], None] | None = None,
@@ -156,17 +157,21 @@ def load(
 
     Args:
         folder: with config.json and *.safetensors, already checked.
+        adapter: a folder of mlx-lm's training, checked too: LoRA, DoRA or all weights.
         dtype: "float32", "float16" or "bfloat16" for all floating-point weights. None takes them
             as stored; on a CPU, where MLX multiplies only float32 fast, it means float32.
         weights: False leaves the arrays unread, for a look at the shapes.
         on_bytes: called with the bytes loaded so far and in all.
 
     Raises:
-        InvalidModel: the weights don't fit the architecture or can't be read.
+        InvalidModel: the weights don't fit the architecture, or the adapter the model, or they
+            can't be read.
         UnsupportedModel: mlx-lm doesn't know the architecture, or it can't be paged.
     """
     try:
         module, config = mlx_lm_utils().load_model(folder, lazy=True)
+        if adapter is not None:
+            _adapt(module, adapter)
         if dtype is None and device().kind == "cpu":
             dtype = "float32"
         if dtype is not None:
@@ -178,6 +183,15 @@ def load(
         raise
     except Exception as error:  # mlx-lm raises whatever its model code raises
         raise _explained(error, folder) from error
+
+
+def _adapt(module, adapter: Path) -> None:
+    try:
+        mlx_lm_utils().load_adapters(module, str(adapter))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InvalidModel(f"the adapter in {adapter} doesn't fit the model: {reason}") from error
+    module.eval()  # its dropout is for training
 
 
 def _explained(error: Exception, folder: Path) -> InvalidModel:

@@ -1,6 +1,7 @@
 """Refuses damaged and unsafe model folders before a library opens any of their files."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,27 @@ def check_folder(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidModel(f"{folder} can't be read: {error.strerror}.") from None
     return config
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
+
+
+def check_adapter(path: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter, as mlx-lm's training writes it, whose files are sound as far as can
+    be seen without the model. Raises `InvalidModel`."""
+    folder = Path(path).expanduser()
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise InvalidModel(
+            f"{folder} is no adapter: it lacks {' and '.join(missing)}. Give the folder that "
+            "mlx-lm has trained it into (adapter_path)."
+        )
+    try:
+        _read_json(folder / ADAPTER_FILES[0], MAX_CONFIG_BYTES)
+        read_header(folder / ADAPTER_FILES[1])
+    except OSError as error:
+        raise InvalidModel(f"{folder} can't be read: {error.strerror}.") from None
+    return folder
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -7,24 +7,29 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from mlxpage.model_store.check import weight_files
+from mlxpage.model_store.check import ADAPTER_FILES, weight_files
 
 _PIECES = 4
 _PIECE_BYTES = 1024
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of a model's configuration and weights, in hex. Of weights it takes the header, four
-    pieces of each tensor, and the file's size and time of change: a training may leave most of a
-    tensor as it was. The copy of a model, with another time, is another one.
+def fingerprint(folder: Path, adapter: Path | None = None) -> str:
+    """A digest of a model's configuration and weights, and its adapter's, in hex. Of weights it
+    takes the header, four pieces of each tensor, and the file's size and time of change: a training
+    may leave most of a tensor as it was. The copy of a model, with another time, is another one.
 
     Raises OSError or ValueError for files that can't be read.
     """
+    configs = sorted(path for path in folder.glob("*.json") if path.is_file())
+    weights = weight_files(folder)
+    if adapter is not None:
+        configs.append(adapter / ADAPTER_FILES[0])
+        weights.append(adapter / ADAPTER_FILES[1])
     digest = sha256()
-    for file in sorted(path for path in folder.glob("*.json") if path.is_file()):
+    for file in configs:
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         digest.update(file.read_bytes())
-    for file in weight_files(folder):
+    for file in weights:
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns} ".encode())
         for part in _parts(file):
