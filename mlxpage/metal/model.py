@@ -178,26 +178,38 @@ def load(
             module.set_dtype(getattr(mx, dtype))
         if weights:
             _evaluate(module, on_bytes)
+    except (MlxpageError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # mlx-lm raises whatever its model code raises
+        raise _explained(error, folder) from error
+    try:
         return Model(module, config)
     except (MlxpageError, MemoryError):
         raise
-    except Exception as error:  # mlx-lm raises whatever its model code raises
-        raise _explained(error, folder) from error
+    except Exception as error:
+        family = config.get("model_type")
+        raise UnsupportedModel(f"mlx-lm can't run {family} here: {_reason(error)}") from error
 
 
 def _adapt(module, adapter: Path) -> None:
     try:
         mlx_lm_utils().load_adapters(module, str(adapter))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InvalidModel(f"the adapter in {adapter} doesn't fit the model: {reason}") from error
+        what = f"the adapter in {adapter} doesn't fit the model"
+        raise InvalidModel(f"{what}: {_reason(error)}") from error
     module.eval()  # its dropout is for training
 
 
-def _explained(error: Exception, folder: Path) -> InvalidModel:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _explained(error: BaseException, folder: Path) -> InvalidModel:
+    reason = _reason(error)
+    family = json.loads((folder / "config.json").read_text()).get("model_type")
+    if isinstance(error, SystemExit):  # a package is missing, and what it is was printed
+        return UnsupportedModel(f"mlx-lm's module of {family} ends the process here ({folder})")
     if isinstance(error, ValueError) and "not supported" in reason:
-        family = json.loads((folder / "config.json").read_text()).get("model_type")
         return UnsupportedModel(f"mlx-lm has no model of type {family!r} ({folder})")
     return InvalidModel(f"{folder} can't be loaded: {reason}")
 

@@ -74,9 +74,10 @@ def check(
 
     with _refusing(f"mlx-lm can't run {model.family} on this device"):
         dense = [_dense(model, prompt) for prompt in prompts]
-        noise = np.abs(dense[-1] - _dense(model, prompts[-1][:-1], prompts[-1][-1:])).max()
-    if not all(np.isfinite(logits).all() for logits in dense):
+        again = _dense(model, prompts[-1][:-1], prompts[-1][-1:])
+    if not all(np.isfinite(logits).all() for logits in (*dense, again)):
         raise InvalidModel(f"{model.family}: the logits are not finite; the weights are damaged")
+    noise = np.abs(dense[-1] - again).max()
     scale = max(np.abs(logits).max() for logits in dense)
     if noise > _MOST_NOISE * scale:
         raise UnsupportedModel(

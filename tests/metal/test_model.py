@@ -257,6 +257,25 @@ def test_a_cache_that_cannot_be_paged_is_refused(kinds, reason):
         Model(module, config)
 
 
+def test_a_module_that_ends_the_process_is_refused(tmp_path):
+    """As mlx-lm's OLMo does where the package that it wants to know of isn't there."""
+    folder = tiny_folder.make(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    tiny_folder.write(folder / "config.json", config | {"model_type": "olmo"})
+    with pytest.raises(UnsupportedModel, match="module of olmo ends the process"):
+        models.load(folder)
+
+
+def test_a_model_that_this_device_cannot_run_is_unsupported(tmp_path, monkeypatch):
+    def no_forward(*_, **__):
+        raise RuntimeError("no Metal here")
+
+    folder = tiny_folder.make(tmp_path / "m")
+    monkeypatch.setattr(models, "_logits", no_forward)
+    with pytest.raises(UnsupportedModel, match="mlx-lm can't run llama here: no Metal here"):
+        models.load(folder)
+
+
 def test_a_window_that_is_wider_than_its_cache_is_refused():
     with pytest.raises(UnsupportedModel, match="reads 25 positions in a layer whose cache keeps"):
         self_check.check(Model(*odd_models.module("plamo3")), 16)
