@@ -269,7 +269,9 @@ def _layer_specs(module, family: str) -> tuple[list[LayerSpec], list[int | None]
             )
     module(mx.zeros((1, 1), mx.int32), cache=of_layers)
     if any(cache.keys is None for cache in caches):
-        raise UnsupportedModel(f"{family} has layers that share K and V, which can't be paged yet")
+        raise UnsupportedModel(
+            f"{family} has layers that never fill their cache, which can't be paged yet"
+        )
     if any(cache.values.shape[3] == 0 for cache in caches):
         raise UnsupportedModel(
             f"{family} has layers that keep K without V, which can't be paged yet"

@@ -82,7 +82,7 @@ _REFUSED = [
         ["minimax_m3_vl"],
     ),
     Refusal(
-        "layers that share K and V",
+        "layers that never fill their cache",
         "A layer whose attention is replaced by a product has a cache that it never fills.",
         ["nemotron-nas, linear"],
     ),

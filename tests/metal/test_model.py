@@ -247,7 +247,7 @@ def caches(kinds):
         (["K", "list with A", "K"], "state in ArraysCache"),
         ("QQQ", "state in QuantizedKVCache"),
         (["R", "keep", "K"], "keeps its first 4 positions"),
-        ("KKKK", "layers that share K and V"),
+        ("KKKK", "layers that never fill their cache"),
     ],
 )
 def test_a_cache_that_cannot_be_paged_is_refused(kinds, reason):
