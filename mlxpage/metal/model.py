@@ -13,21 +13,11 @@ from typing import Any
 import numpy as np
 
 from mlxpage.errors import EngineError, InvalidModel, MlxpageError, UnsupportedModel
-from mlxpage.metal import seam
+from mlxpage.metal import anatomy, seam
 from mlxpage.metal.backend import device, mlx_lm_utils, mx
 from mlxpage.metal.compiled import Compiled
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import LayerSpec, Rows, Shape
-
-# What the families call the longest sequence they were trained for.
-_CONTEXT_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "max_sequence_length",
-    "n_ctx",
-)
+from mlxpage.metal.layout import Rows, Shape
 
 
 class Model:
@@ -43,10 +33,10 @@ class Model:
         self.module = module
         self.config = config
         self.family = config.get("model_type", type(module).__module__.rsplit(".", 1)[-1])
-        _refuse_dynamic_rope(module, self.family)
-        self.specs, self._nesting = _layer_specs(module, self.family)
-        self.vocab_size, self.logits_dtype = _logits(module)
-        self.context_length = _context_length(config)
+        anatomy.refuse_dynamic_rope(module, self.family)
+        self.specs, self._nesting = anatomy.layer_specs(module, self.family)
+        self.vocab_size, self.logits_dtype = anatomy.logits_of(module)
+        self.context_length = anatomy.context_length(config)
         self.bind(None)
         self.fetches = True
         """Whether the model needs K and V as arrays: the self-check finds out."""
@@ -120,7 +110,7 @@ class Model:
             is_run = self.cache.is_run
             logits = self.module(
                 tokens[None] if is_run else tokens[:, None],
-                cache=_nested(self.cache.layers, self._nesting),
+                cache=anatomy.nested(self.cache.layers, self._nesting),
             )
             self.cache.end(logits if self._wanted.hidden is None else self._wanted.hidden)
             if not self._gathers_rows:
@@ -232,79 +222,7 @@ def _arrays(module) -> Iterator[mx.array]:
     return (array for _, array in tree_flatten(module.parameters()))
 
 
-# -- what a model looks like, from its own lazy forward --
-
-
-def _refuse_dynamic_rope(module, family: str) -> None:
-    if any(type(part).__name__ == "DynamicNTKScalingRoPE" for _, part in module.named_modules()):
-        raise UnsupportedModel(
-            f"{family} has dynamic NTK RoPE, which depends on the length of a forward; "
-            "here a forward has rows of several sequences"
-        )
-
-
-def _layer_specs(module, family: str) -> tuple[list[LayerSpec], list[int | None]]:
-    """Window, heads and dtype of every layer's cache, from a forward that is never evaluated. And
-    how many of them each layer has in a list, None if it has one and no list."""
-    from mlx_lm.models.cache import CacheList, ChunkedKVCache, RotatingKVCache, make_prompt_cache
-    from mlx_lm.models.cache import KVCache as DenseCache
-
-    of_layers = make_prompt_cache(module)
-    nesting = [len(c.caches) if isinstance(c, CacheList) else None for c in of_layers]
-    caches = [
-        cache
-        for of_layer in of_layers
-        for cache in (of_layer.caches if isinstance(of_layer, CacheList) else [of_layer])
-    ]
-    for cache in caches:
-        if type(cache) not in (DenseCache, RotatingKVCache, ChunkedKVCache):
-            raise UnsupportedModel(
-                f"{family} keeps its state in {type(cache).__name__}, "
-                "which can't be paged yet; only attention layers with K and V can"
-            )
-        if getattr(cache, "keep", 0):
-            raise UnsupportedModel(
-                f"{family} keeps its first {cache.keep} positions beside a window, "
-                "which can't be paged yet"
-            )
-    module(mx.zeros((1, 1), mx.int32), cache=of_layers)
-    if any(cache.keys is None for cache in caches):
-        raise UnsupportedModel(
-            f"{family} has layers that never fill their cache, which can't be paged yet"
-        )
-    if any(cache.values.shape[3] == 0 for cache in caches):
-        raise UnsupportedModel(
-            f"{family} has layers that keep K without V, which can't be paged yet"
-        )
-    return [
-        LayerSpec(
-            window=getattr(cache, "max_size", None),
-            kv_heads=cache.keys.shape[1],
-            k_head_dim=cache.keys.shape[3],
-            v_head_dim=cache.values.shape[3],
-            dtype=cache.keys.dtype,
-        )
-        for cache in caches
-    ], nesting
-
-
-def _nested(caches: list, nesting: list[int | None]) -> list:
-    """One cache, or a list of them, for each layer."""
-    rest = iter(caches)
-    return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in nesting]
-
-
-def _logits(module) -> tuple[int, mx.Dtype]:
-    logits = module(mx.zeros((1, 1), mx.int32))
-    return logits.shape[-1], logits.dtype
-
-
-def _context_length(config: dict[str, Any]) -> int | None:
-    for section in (config, config.get("text_config") or {}):
-        for key in _CONTEXT_KEYS:
-            if isinstance(length := section.get(key), int) and length > 0:
-                return length
-    return None
+# -- rows --
 
 
 @dataclass(slots=True)

@@ -18,8 +18,8 @@ import tiny_models
 from mlx.utils import tree_flatten
 
 from mlxpage.errors import InvalidModel, UnsupportedModel
+from mlxpage.metal import anatomy, self_check
 from mlxpage.metal import model as models
-from mlxpage.metal import self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
 from mlxpage.metal.layout import Rows, Shape
@@ -65,7 +65,7 @@ def test_reading_a_model_computes_nothing():
     assert mx.get_peak_memory() - before < 4096
 
 
-@pytest.mark.parametrize("key", models._CONTEXT_KEYS)
+@pytest.mark.parametrize("key", anatomy.CONTEXT_KEYS)
 @pytest.mark.parametrize("section", [None, "text_config"])
 def test_the_context_length_has_many_names(key, section):
     module, config = odd_models.module("llama")
@@ -271,7 +271,7 @@ def test_a_model_that_this_device_cannot_run_is_unsupported(tmp_path, monkeypatc
         raise RuntimeError("no Metal here")
 
     folder = tiny_folder.make(tmp_path / "m")
-    monkeypatch.setattr(models, "_logits", no_forward)
+    monkeypatch.setattr(anatomy, "logits_of", no_forward)
     with pytest.raises(UnsupportedModel, match="mlx-lm can't run llama here: no Metal here"):
         models.load(folder)
 
