@@ -327,3 +327,21 @@ def test_a_saturated_queue_does_not_thrash():
     assert world.scheduler.num_preemptions < 0.05 * ended
     assert world.num_recomputed < 0.05 * world.num_computed
     assert filled > 0.7 * 2000 * 100 * 16, "the pool stands empty instead"
+
+
+def test_a_branch_goes_on_where_its_parent_has_got_to():
+    """Its parent is in the middle of its prompt, as it is when it has been preempted."""
+    once = Request(prompt=1, new=1)
+    world = serve(
+        Load(
+            groups=[(1, None, 1)],
+            max_num_seqs=2,
+            max_num_batched_tokens=2,
+            depth=0,
+            prefix_cache=False,
+            arrivals=[(0, replace(once, prompt=4)), (2, once)],
+            aborts=[],
+            branches=[(1, 0)],
+        )
+    )
+    assert world.parents and all(seq.finish_reason for seq in world.sequences)

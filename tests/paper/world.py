@@ -110,6 +110,7 @@ class World:
         self.marks: dict[int, list[int]] = {}
         self.num_fed: dict[tuple[int, int], int] = {}  # per life: tokens computed or found
         self.parents: dict[int, Sequence] = {}
+        self.branched_at: dict[int, int] = {}  # what its parent had computed, in its own life
         self.num_copies = 0
         self.num_found = self.num_steps_with_sharing = 0
         self.num_sampled: list[int] = []  # prompt and sampled tokens, read or not
@@ -152,6 +153,7 @@ class World:
             ),
             parent,
         )
+        self.branched_at[id] = self.num_fed.get(self.life(parent), 0)
         self.scheduler.fork(parent, self.sequences[id])
 
     def _sequence(self, request: Request, parent: Sequence | None = None) -> Sequence:
@@ -395,8 +397,12 @@ class World:
     def check_start(self, part) -> None:
         """A life begins with what it found, and goes on without a gap."""
         seq, life = part.seq, self.life(part.seq)
-        # A fork goes on where its parent was; only the last token is computed again.
-        is_fork = seq.id in self.parents and part.start == len(seq.token_ids) - 1
+        # A fork goes on where its parent was, which may have begun again; if that was at the end,
+        # only the last token is computed again.
+        last = len(seq.token_ids) - 1
+        is_fork = seq.id in self.parents and part.start == min(
+            self.branched_at.get(seq.id, last), last
+        )
         if life not in self.num_fed and (is_fork or self.scheduler.prefix_cache is not None):
             assert part.start == 0 or seq.params.prompt_logprobs is None
             assert part.start <= len(seq.token_ids) - 1, "nothing left to compute"
