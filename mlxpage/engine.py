@@ -451,6 +451,7 @@ class Engine:
                 "why": self.backend.why,
                 "not_compiled": self.model.not_compiled,
                 "shape": self.model.shape.name.lower(),
+                "why_not_rows": self.model.why_not_rows,
             },
             "bytes": {
                 "budget": self.plan.budget,

@@ -55,8 +55,9 @@ def load_engine(
     before = disk and _fingerprint(folder, adapter)
     loaded = models.load(folder, adapter=adapter, dtype=dtype, on_bytes=on_bytes)
     loaded.quantise_cache(*kv_bits)
-    plan = sizing.plan(loaded, **sizes, **limits)
     served = choice.checked(loaded, sizes["block_size"], backend, on_status)
+    # What a step takes depends on what the check has found.
+    plan = sizing.plan(loaded, **sizes, **limits)
     tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
     options = {"defaults": defaults, "seed": seed, "backend": served, "prefix_cache": prefix_cache}
     if before is not None and _fingerprint(folder, adapter) != before:

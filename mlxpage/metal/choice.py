@@ -76,7 +76,7 @@ def checked(
     def prove() -> None:
         self_check.check(model, block_size, backend=kernels)
         if model.shape is not Shape.ROWS:
-            raise UnsupportedModel(f"{model.family} reads K and V itself, in arrays of its own")
+            raise UnsupportedModel(model.why_not_rows)
         self_check.check_kernels(model, block_size)
         if model.fetches:
             self_check.check_kernels(model, block_size, is_read=True)

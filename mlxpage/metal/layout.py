@@ -170,7 +170,7 @@ class Step:
         """`is_run`: the model gets the rows, which are one sequence's, along its length axis."""
         self.rows = rows
         self.is_run = is_run
-        self.tables = tables
+        self.tables = tables = tables[:, : -(-int(rows.contexts.max()) // block_size)]
         self.block_size = block_size
         self.window = window
         owners = np.repeat(np.arange(len(rows.contexts)), np.diff(rows.starts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxpage.errors import EngineError, InvalidModel, MlxpageError, UnsupportedModel
-from mlxpage.metal import anatomy, seam
+from mlxpage.metal import anatomy, reference, seam
 from mlxpage.metal.backend import device, mlx_lm_utils, mx
 from mlxpage.metal.compiled import Compiled
 from mlxpage.metal.kv_cache import KVCache
@@ -38,10 +37,12 @@ class Model:
         self.vocab_size, self.logits_dtype = anatomy.logits_of(module)
         self.context_length = anatomy.context_length(config)
         self.bind(None)
-        self.fetches = True
+        self.fetches = False
         """Whether the model needs K and V as arrays: the self-check finds out."""
         self.shape = Shape.ROWS
         """How it takes a step's tokens: the self-check finds out."""
+        self.why_not_rows: str | None = None
+        """Why not each as a row of its own, if it's so."""
         self._wanted = _WantedRows()
         self._gathers_rows = _gather_rows_of_backbone(module, self._wanted)
         self._hooked: int | None = None
@@ -74,7 +75,7 @@ class Model:
         self._compiled = Compiled()
 
     def __call__(self, rows: Rows) -> mx.array:
-        """One forward: writes the rows' K and V, returns the logits (R, vocab) of `sample_rows`.
+        """A step: writes the rows' K and V, returns the logits (R, vocab) of `sample_rows`.
 
         Lazy: the caller evaluates the logits together with `cache.written()`.
         """
@@ -82,12 +83,22 @@ class Model:
             return self._step(rows)
         self.cache.copy(rows.copies)
         together = rows.num_decoding if self.shape is Shape.CHUNKS else 0
-        cuts = sorted({0, *range(together, len(rows.contexts) + 1)})
-        parts = [rows.part(*cut) for cut in pairwise(cuts)]
-        logits = [self._step(part, is_run=not together or part.num_decoding == 0) for part in parts]
-        order = np.concatenate([rows.sampled_of(*cut) for cut in pairwise(cuts)])
+        cuts = self._cuts(rows, together)
+        logits = []
+        for first, last in cuts:
+            logits.append(self._step(rows.part(first, last), is_run=first >= together))
+            # What still had to read a pool would make the next write copy it.
+            mx.eval(logits[-1], self.cache.written())
+        order = np.concatenate([rows.sampled_of(*cut) for cut in cuts])
         logits = mx.concatenate(logits)
         return logits if (np.diff(order) == 1).all() else logits[mx.array(np.argsort(order))]
+
+    def _cuts(self, rows: Rows, together: int) -> list[tuple[int, int]]:
+        """The sequences of each forward: of the first ones, with single rows, those whose contexts
+        are about as long, for all get K and V as long as the longest's; then each by itself."""
+        blocks = -(-rows.contexts[:together] // self.cache.block_size)
+        alike = [(first, last) for first, last, _ in reference.buckets(blocks, 1)]
+        return alike + [(i, i + 1) for i in range(together, len(rows.contexts))]
 
     def _step(self, rows: Rows, *, is_run: bool = False) -> mx.array:
         """One forward."""

@@ -112,7 +112,7 @@ def _decoding(
     """Spans of the sequences with a single row."""
     first = first_readable(contexts[:num_decoding] - 1, block_size, window)
     blocks = -(-(contexts[:num_decoding] - first) // block_size)
-    for begin, end, width in _buckets(blocks, streams):
+    for begin, end, width in buckets(blocks, streams):
         # A sequence with fewer blocks than its bucket reads on past its own: masked.
         columns = first[begin:end, None] // block_size + np.arange(width)
         columns = np.minimum(columns, tables.shape[1] - 1)
@@ -175,7 +175,7 @@ def _piece(begin, end, before, base, block_size, window) -> Piece:
     return Piece(slice(begin, end), slice(first - base, before + end - base), mask)
 
 
-def _buckets(blocks: np.ndarray, streams: int) -> list[tuple[int, int, int]]:
+def buckets(blocks: np.ndarray, streams: int) -> list[tuple[int, int, int]]:
     """Cuts block counts into runs (begin, end, largest count) that don't pad too much, and give
     every stream its share."""
     share = max(_BUCKET_BLOCKS, blocks.sum() / streams)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxpage.errors import InvalidModel, MlxpageError, UnsupportedModel
+from mlxpage.errors import InvalidModel, MlxpageError, OutOfMemory, UnsupportedModel
 from mlxpage.metal import kernels, reference, seam
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, windows
@@ -86,6 +86,7 @@ def check(
         )
     allowed = _SLACK * noise + _FLOOR[_working_dtype(model)] * scale
     plain = [spec.quantised(None, None) for spec in model.specs]
+    refusals = []
     for model.shape, model.fetches in ways:
         try:
             with _refusing(f"{model.family} can't compute over a block pool"):
@@ -94,9 +95,10 @@ def check(
             _compare(what, paged, dense, allowed)
             break
         except UnsupportedModel as error:
-            refused = error
+            refusals.append(error)
     else:
-        raise refused
+        raise refusals[0]
+    model.why_not_rows = None if model.shape is Shape.ROWS else str(refusals[0])
     if model.specs != plain and backend is not reference:
         ours, theirs = (
             _paged(model, model.specs, prompts, block_size, each, rng)
@@ -147,6 +149,8 @@ def _refusing(message: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        if "malloc" in reason:
+            raise OutOfMemory(f"there is no memory to check the model with: {reason}") from error
         raise UnsupportedModel(f"{message}: {reason}") from error
 
 
@@ -327,6 +331,8 @@ def _attentions(model: Model, block_size: int) -> list[tuple[LayerSpec, Attentio
         model(_rows([np.zeros(1, np.int32)], [[1]], [(0, 1)], len(cache.windows)))
     finally:
         model.bind(previous)
+    if any(layer.attention is None for layer in cache.layers):
+        raise UnsupportedModel(f"{model.family} attends by itself: it reads K and V as arrays")
     return [(layer.spec, layer.attention) for layer in cache.layers]
 
 

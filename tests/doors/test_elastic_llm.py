@@ -52,6 +52,13 @@ def test_a_budget_changes_while_generations_run(make_llm):
     llm.set_memory("50%")
 
 
+def test_a_pool_is_planned_by_what_the_check_has_found(make_llm):
+    llm = make_llm(**ELASTIC, memory="100MB")
+    planned = llm.plan
+    llm.set_memory("100MB")
+    assert llm.plan == planned
+
+
 def test_an_idle_engine_gives_empty_blocks_back_by_itself(make_llm):
     llm = make_llm(**ELASTIC, trim_after=0.2, prefix_cache=False)
     llm.generate([[token] * 200 for token in range(3, 11)], GREEDY)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import serving
 import tiny_models
+from families import zoo
 
 from mlxpage.errors import UnsupportedModel
-from mlxpage.metal import kernels, kv_cache, layout, reference, seam
+from mlxpage.metal import kernels, kv_cache, layout, reference, seam, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, MaskTag, Tagged
 from mlxpage.metal.layout import LayerSpec, Rows
+from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16
@@ -448,6 +450,15 @@ def test_no_step_costs_a_pool(family):
     assert most < pool / 4
 
 
+@pytest.mark.parametrize("family", ["stablelm", "deepseek_v3", "gemma2", "afm7"])
+def test_no_step_in_several_forwards_costs_a_pool(family):
+    model = Model(*zoo.make(family))
+    self_check.check(model, 16)
+    assert model.shape is not layout.Shape.ROWS
+    most, pool = run_and_watch(model)
+    assert most < pool / 4
+
+
 def test_a_k_that_outlives_its_step_costs_a_pool(monkeypatch):
     """The test above notices what it's there for."""
     fetch = kv_cache.LayerCache.keys_and_values
@@ -460,7 +471,9 @@ def test_a_k_that_outlives_its_step_costs_a_pool(monkeypatch):
         return k, v
 
     monkeypatch.setattr(kv_cache.LayerCache, "keys_and_values", leak)
-    most, pool = run_and_watch(tiny_models.make("llama", vocab_size=128))
+    model = tiny_models.make("llama", vocab_size=128)
+    model.fetches = True
+    most, pool = run_and_watch(model)
     assert most >= pool
 
 

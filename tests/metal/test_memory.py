@@ -347,6 +347,16 @@ def test_models_that_read_k_and_v_stay_in_their_plan(family, rows, context):
     assert model.fetches and 0 < beside <= plan.scratch
 
 
+def test_one_long_sequence_does_not_widen_what_short_ones_read():
+    """Of a model that takes single tokens together, and reads K and V."""
+    model = Model(*zoo.make("stablelm"))
+    self_check.check(model, 16)
+    prompts = [[i % 256 for i in range(n)] for n in (3000, *range(1, 41))]
+    limits = {"max_num_seqs": 41, "max_num_batched_tokens": 64, "num_blocks": 400}
+    beside, plan = measured(model, None, prompts, SamplingParams(max_tokens=30), **limits)
+    assert 0 < beside <= plan.scratch
+
+
 def prompts_of(tokenizer, count, shortest, longest):
     ids = tokenizer.encode(prose.text())
     return prose.prompts(count, shortest, longest, ids, np.random.default_rng(0))

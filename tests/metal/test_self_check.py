@@ -10,10 +10,11 @@ import pytest
 import tiny_models
 from mlx.utils import tree_flatten
 
-from mlxpage.errors import InvalidModel, UnsupportedModel
+from mlxpage.errors import InvalidModel, OutOfMemory, UnsupportedModel
 from mlxpage.metal import kv_cache, reference, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, LayerCache
+from mlxpage.metal.layout import Shape
 from mlxpage.metal.model import Model
 
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
@@ -310,6 +311,42 @@ def test_a_check_that_fails_gives_the_cache_back(monkeypatch):
     model.bind(cache)
     assert refused(model)
     assert model.cache is cache
+
+
+def test_no_memory_for_a_check_is_no_reason_to_go_another_way(monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[malloc] Unable to allocate 7 bytes.")
+
+    monkeypatch.setattr(reference, "paged_attention", full)
+    with pytest.raises(OutOfMemory, match="no memory to check"):
+        self_check.check(tiny_models.make("llama"), 16)
+
+
+def test_a_model_that_goes_another_way_says_why(monkeypatch):
+    model = tiny_models.make("llama")
+    self_check.check(model, 16)
+    assert (model.shape, model.why_not_rows) == (Shape.ROWS, None)
+    attend = LayerCache.attend
+
+    def not_of_rows(layer, q, *arguments):
+        if not layer.step.is_run:
+            raise ValueError("it takes one row")
+        return attend(layer, q, *arguments)
+
+    monkeypatch.setattr(LayerCache, "attend", not_of_rows)
+    self_check.check(model, 16)
+    assert model.shape is Shape.SEQUENCES and "it takes one row" in model.why_not_rows
+
+
+def test_a_model_that_is_right_in_no_way_says_why_not_in_the_usual_one(monkeypatch):
+    reasons = iter(["the first", "the second", "the third", "the fourth"])
+
+    def never(*_):
+        raise ValueError(next(reasons))
+
+    monkeypatch.setattr(LayerCache, "attend", never)
+    with pytest.raises(UnsupportedModel, match="the first"):
+        self_check.check(tiny_models.make("llama"), 16)
 
 
 def test_most_models_only_hand_on_the_k_and_v_they_get():
