@@ -60,7 +60,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
 def check_adapter(path: str | os.PathLike[str]) -> Path:
     """The folder of an adapter, as mlx-lm's training writes it, whose files are sound as far as can
     be seen without the model. Raises `InvalidModel`."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         raise InvalidModel(
@@ -69,9 +69,14 @@ def check_adapter(path: str | os.PathLike[str]) -> Path:
         )
     try:
         _read_json(folder / ADAPTER_FILES[0], MAX_CONFIG_BYTES)
-        read_header(folder / ADAPTER_FILES[1])
+        names = set(read_header(folder / ADAPTER_FILES[1]))
     except OSError as error:
         raise InvalidModel(f"{folder} can't be read: {error.strerror}.") from None
+    # mlx-lm would take random numbers for the one, or nothing of both.
+    for one, other in (("lora_a", "lora_b"), ("lora_b", "lora_a")):
+        alone = [n for n in names if n.endswith(one) and n.removesuffix(one) + other not in names]
+        if alone:
+            raise InvalidModel(f"{folder} is incomplete: it has {min(alone)} without its {other}.")
     return folder
 
 

@@ -104,6 +104,21 @@ def test_no_adapter_is_told_with_the_way_out(tmp_path, tiny_folder, adapter):
             LLM(tiny_folder, adapter_path=folder)
 
 
+@pytest.mark.parametrize("half", ["lora_a", "lora_b"])
+def test_half_an_adapter_is_told(tmp_path, tiny_folder, adapter, half):
+    folder = shutil.copytree(adapter, tmp_path / "half")
+    weights = mx.load(str(folder / "adapters.safetensors"))
+    rest = {name: array for name, array in weights.items() if not name.endswith(half)}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), rest)
+    with pytest.raises(InvalidModel, match=f"is incomplete: it has .* without its {half}"):
+        LLM(tiny_folder, adapter_path=folder)
+
+
+def test_a_home_of_nobody_is_told(tiny_folder):
+    with pytest.raises(InvalidModel, match="~nobody-by-this-name/lora is no adapter"):
+        LLM(tiny_folder, adapter_path="~nobody-by-this-name/lora")
+
+
 def test_an_adapter_of_another_model_is_told(tmp_path, adapter):
     wide = tiny.make(tmp_path / "wide", hidden_size=128)
     with pytest.raises(InvalidModel, match="lora doesn't fit the model"):
