@@ -339,9 +339,9 @@ def test_a_branch_goes_on_where_its_parent_has_got_to():
             max_num_batched_tokens=2,
             depth=0,
             prefix_cache=False,
-            arrivals=[(0, replace(once, prompt=4)), (2, once)],
+            arrivals=[(0, once), (10, replace(once, prompt=4)), (12, once)],
             aborts=[],
-            branches=[(1, 0)],
+            branches=[(11, 1)],
         )
     )
-    assert world.parents and all(seq.finish_reason for seq in world.sequences)
+    assert world.branched_at == {2: 2}
