@@ -299,7 +299,8 @@ def test_a_load_that_fails_leaves_no_thread_and_no_memory(make_llm, tmp_path, mo
 
 
 def test_a_model_that_fails_in_its_check_is_unsupported(make_llm, monkeypatch):
-    fail(monkeypatch, "mlxpage.metal.model.Model.__call__", ValueError("one position only"))
+    error = ValueError("one position only")
+    fail(monkeypatch, "mlxpage.metal.model.Model.__call__", error, times=10)
     with pytest.raises(UnsupportedModel, match="one position only"):
         make_llm()
 
