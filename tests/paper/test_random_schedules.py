@@ -345,3 +345,27 @@ def test_a_branch_goes_on_where_its_parent_has_got_to():
         )
     )
     assert world.branched_at == {2: 2}
+
+
+def test_a_branch_of_a_branch_goes_on_where_that_began():
+    one, later = Request(prompt=1, new=1), Request(prompt=1, new=1, priority=1)
+    world = serve(
+        Load(
+            groups=[(1, None, 0)],
+            max_num_seqs=2,
+            max_num_batched_tokens=2,
+            depth=0,
+            prefix_cache=False,
+            arrivals=[
+                (0, Request(prompt=2, new=1, forks=1)),
+                *[(2, one)] * 2,
+                *[(0, later)] * 2,
+                (0, replace(later, new=4)),
+                *[(2, one)] * 4,
+            ],
+            aborts=[],
+            branches=[(1, 1)],
+            start=0,
+        )
+    )
+    assert list(world.branched_at.values()) == [1]

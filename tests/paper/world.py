@@ -153,7 +153,7 @@ class World:
             ),
             parent,
         )
-        self.branched_at[id] = self.num_fed.get(self.life(parent), 0)
+        self.branched_at[id] = self.num_fed.get(self.life(parent), self.beginning(parent))
         self.scheduler.fork(parent, self.sequences[id])
 
     def _sequence(self, request: Request, parent: Sequence | None = None) -> Sequence:
@@ -397,12 +397,7 @@ class World:
     def check_start(self, part) -> None:
         """A life begins with what it found, and goes on without a gap."""
         seq, life = part.seq, self.life(part.seq)
-        # A fork goes on where its parent was, which may have begun again; if that was at the end,
-        # only the last token is computed again.
-        last = len(seq.token_ids) - 1
-        is_fork = seq.id in self.parents and part.start == min(
-            self.branched_at.get(seq.id, last), last
-        )
+        is_fork = seq.id in self.parents and part.start == self.beginning(seq)
         if life not in self.num_fed and (is_fork or self.scheduler.prefix_cache is not None):
             assert part.start == 0 or seq.params.prompt_logprobs is None
             assert part.start <= len(seq.token_ids) - 1, "nothing left to compute"
@@ -411,6 +406,12 @@ class World:
             self.num_found += part.start
         else:
             assert part.start == self.num_fed.get(life, 0), "skipped or repeated"
+
+    def beginning(self, seq: Sequence) -> int:
+        """A fork goes on where its parent was, which may have begun again; if that was at the end,
+        only the last token is computed again."""
+        last = len(seq.token_ids) - 1 if seq.id in self.parents else 0
+        return min(self.branched_at.get(seq.id, last), last)
 
     def life(self, seq: Sequence) -> tuple[int, int]:
         return (seq.id, seq.num_preemptions)
