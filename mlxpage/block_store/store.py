@@ -36,8 +36,8 @@ class _File:
 
 
 class BlockStore:
-    """A folder of blocks, never larger than its limit. What was put there longest ago, or has been
-    touched since, goes first.
+    """A folder of blocks, never larger than its limit: what was put there, or touched, longest ago
+    goes first.
 
     One store of a folder writes, on a thread of its own; others, in this process or another, read
     what it has written, and one of them takes its place when it's closed. The thread begins by

@@ -195,6 +195,8 @@ def load(
 def _adapt(module, adapter: Path) -> None:
     try:
         mlx_lm_utils().load_adapters(module, str(adapter))
+    except MemoryError:
+        raise
     except Exception as error:
         what = f"the adapter in {adapter} doesn't fit the model"
         raise InvalidModel(f"{what}: {_reason(error)}") from error

@@ -59,6 +59,7 @@ def check(
     Raises:
         UnsupportedModel: the model can't be run over a pool.
         InvalidModel: its logits are not finite.
+        OutOfMemory: there is no memory to run it.
     """
     if not seam.is_installed():
         raise UnsupportedModel(

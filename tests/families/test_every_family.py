@@ -50,9 +50,6 @@ def of_cases(cases):
     )
 
 
-every_case = of_cases(zoo.CASES)
-
-
 def test_what_is_expected_is_of_families_that_are_there():
     assert {*SHAPES, *REFUSALS} == set(zoo.CASES) >= NEED_METAL
     assert not SHAPES.keys() & REFUSALS.keys()
@@ -70,7 +67,7 @@ def prompts() -> list[list[int]]:
     return [rng.integers(0, 256, length).tolist() for length in LENGTHS]
 
 
-@every_case
+@of_cases(zoo.CASES)
 def test_a_family_generates_what_mlx_lm_generates_or_is_refused(case):
     if case in REFUSALS:
         with pytest.raises((UnsupportedModel, InvalidModel), match=REFUSALS[case].error):
