@@ -35,6 +35,7 @@ class BlockManager:
         self.groups = groups
         self.prefix_cache = prefix_cache
         self.has_windows = any(group.window is not None for group in groups)
+        self._state_groups = [group for group in groups if group.is_state]
         self.keeps_cached = True
         """Whether a pool grows rather than hand out what is cached."""
         self._chunk = chunk
@@ -94,7 +95,7 @@ class BlockManager:
         copies = []
         if num_tokens:
             for index, (table, source) in enumerate(zip(seq.block_tables, sources, strict=True)):
-                self._take(index, table, 1)
+                self._take(index, table, seq.num_computed_tokens + num_tokens)
                 copies.append((index, source, table[-1]))
             seq.num_computed_tokens += num_tokens
             self.give_back(seq)
@@ -162,9 +163,12 @@ class BlockManager:
 
     def branch(self, parent: Sequence, child: Sequence) -> bool:
         """Lets `child` have the blocks of `parent`, but compute its last token again, for what
-        comes after it. Whoever writes first into a block of both gets a copy. False, and `child`
-        has nothing, if it needs what has left the window of `parent`."""
+        comes after it; with states, all tokens after the last block end. Whoever writes first into
+        a block of both gets a copy. False, and `child` has nothing, if it needs what has left the
+        window of `parent`."""
         computed = min(parent.num_computed_tokens, len(child.token_ids) - 1)
+        for group in self._state_groups:
+            computed = group.last_branch(computed, parent.num_computed_tokens)
         full = computed // self._block_size
         tables = zip(self.groups, parent.block_tables, strict=True)
         branches = [group.branch(table, computed) for group, table in tables]
@@ -176,6 +180,12 @@ class BlockManager:
             self.release(child)
             return False
         return True
+
+    def end_of_chunk(self, start: int, end: int) -> int:
+        """Where a chunk from position `start` ends, that may go as far as `end`."""
+        for group in self._state_groups:
+            end = group.end_of_chunk(start, end)
+        return end
 
     def has_place(self, seq: Sequence, num_tokens: int) -> bool:
         """Whether the next `num_tokens` tokens of `seq` have their place already."""
@@ -202,8 +212,8 @@ class BlockManager:
             if group.is_shared(table, start):
                 self._keep_cached(index, 1)
                 copies.append((index, *group.copy_shared(table, start)))
-            if (missing := group.missing(table, start + num_tokens)) > 0:
-                self._take(index, table, missing)
+            if group.missing(table, start + num_tokens) > 0:
+                self._take(index, table, start + num_tokens)
         return copies
 
     def find_room_to_grow(self, sequences: list[Sequence], ahead: float) -> bool:
@@ -243,9 +253,10 @@ class BlockManager:
 
     # -- sizes --
 
-    def _take(self, index: int, table: list[int], count: int) -> None:
-        self._keep_cached(index, count)
-        self.groups[index].grow(table, count)
+    def _take(self, index: int, table: list[int], num_tokens: int) -> None:
+        group = self.groups[index]
+        self._keep_cached(index, group.missing(table, num_tokens))
+        group.grow(table, num_tokens)
 
     def _find_room(self, wanted: Iterable[int]) -> bool:
         """Whether each group has so many free blocks, once those that have too few have grown;

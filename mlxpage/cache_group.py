@@ -1,4 +1,4 @@
-"""The blocks of the layers that share one attention window, and who holds them."""
+"""The blocks of the layers that share one attention window, or keep states, and who holds them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ class CacheGroup:
     `table[p // block_size]`. Layers with a sliding window of `window` tokens read positions
     `p - window < k <= p`; blocks before that are given back and become NULL_BLOCK in the table.
     """
+
+    is_state = False
 
     def __init__(
         self,
@@ -59,6 +61,10 @@ class CacheGroup:
         """Blocks to add before `num_tokens` positions have a place."""
         return -(-num_tokens // self.block_size) - len(table)
 
+    def end_of_chunk(self, start: int, end: int) -> int:
+        """Where a chunk from `start` that may end at `end` does end."""
+        return end
+
     def held(self, table: list[int]) -> int:
         """Blocks that `table` has of those that its sequence will ever hold at once."""
         if self.window is None:
@@ -68,8 +74,9 @@ class CacheGroup:
         own = table[bisect_left(table, True, key=bool) :]
         return sum(self.pool.num_owners(block) == 1 for block in own)
 
-    def grow(self, table: list[int], count: int) -> None:
-        table += self.pool.allocate(count)
+    def grow(self, table: list[int], num_tokens: int) -> None:
+        """Adds what is `missing`."""
+        table += self.pool.allocate(self.missing(table, num_tokens))
 
     def copy_shared(self, table: list[int], num_computed_tokens: int) -> tuple[int, int]:
         """Puts a block of its own in the place of the one that `is_shared`; returns both."""
@@ -78,6 +85,11 @@ class CacheGroup:
         table[index] = target
         self.pool.free([source])
         return source, target
+
+    def last_branch(self, num_tokens: int, num_computed_tokens: int) -> int:
+        """The most tokens, up to `num_tokens`, after which a branch of a sequence with so many
+        computed may go on."""
+        return num_tokens
 
     def branch(self, table: list[int], num_tokens: int) -> list[int] | None:
         """A table that shares what a sequence with so many tokens computed needs of `table`; None
@@ -132,3 +144,54 @@ class CacheGroup:
     def release(self, table: list[int]) -> None:
         self.pool.free(table)
         table.clear()
+
+
+class StateGroup(CacheGroup):
+    """The blocks of layers that keep a state: recurrent, of a convolution, or the last token ids.
+
+    A block holds the state after its last position, or after the last one that is computed of it:
+    there a sequence updates it in place. It stays behind as a checkpoint when the sequence goes on
+    to the next block, found, shared and stored under the same key as the K and V of its tokens. To
+    go on is to read the state after one token less, as if in a window of two.
+
+    Between the ends of two chunks there are no checkpoints, and no blocks: NULL_BLOCK. So that what
+    is full is a checkpoint, chunks end where blocks do.
+    """
+
+    is_state = True
+
+    def __init__(self, num_blocks: int, block_size: int, *, limit: int | None = None):
+        super().__init__(num_blocks, block_size, window=2, limit=limit)
+        self._widest_gap = 0
+        """Empty entries between two blocks of a table."""
+
+    def blocks_for(self, num_tokens: int, chunk: int) -> int:
+        """The one that is read and the one that is written."""
+        return min(2, -(-num_tokens // self.block_size))
+
+    def missing(self, table: list[int], num_tokens: int) -> int:
+        return int(super().missing(table, num_tokens) > 0)
+
+    def end_of_chunk(self, start: int, end: int) -> int:
+        size = self.block_size
+        if start % size:  # within its block, or that would be full without being a checkpoint
+            return min(end, (start // size + 1) * size)
+        return end // size * size if end - start >= size else end
+
+    def grow(self, table: list[int], num_tokens: int) -> None:
+        blocks = self.pool.allocate(self.missing(table, num_tokens))
+        empty = super().missing(table, num_tokens) - len(blocks)
+        table += [NULL_BLOCK] * empty + blocks
+        self._widest_gap = max(self._widest_gap, empty)
+
+    def last_branch(self, num_tokens: int, num_computed_tokens: int) -> int:
+        if num_tokens == num_computed_tokens:
+            return num_tokens
+        return num_tokens // self.block_size * self.block_size
+
+    def give_back(self, table: list[int], num_computed_tokens: int) -> None:
+        end = self.first_readable(num_computed_tokens)
+        first = max(0, end - 1 - self._widest_gap)
+        if any(table[first:end]):
+            self.pool.free(table[first:end])
+            table[first:end] = [NULL_BLOCK] * (end - first)

@@ -190,6 +190,8 @@ class PrefixCache:
         full, length = divmod(known, self._block_size)
         if length == 0 or seq.num_committed_blocks != full:
             return
+        if known < seq.num_computed_tokens and any(group.is_state for group in self._groups):
+            return  # a state is already that after a token that nobody knows
         tokens = array("i", seq.token_ids[known - length : known])
         key = _digest(seq, self._keys(seq, full)) + tokens.tobytes()
         for group, table in zip(self._groups, seq.block_tables, strict=True):
@@ -209,7 +211,17 @@ class PrefixCache:
             for index in range(first, last):
                 if table[index] != NULL_BLOCK:
                     group.pool.cache(table[index], keys[index])
+            if group.is_state:
+                self._forget_overtaken(seq, group, first, last)
         seq.num_committed_blocks = last
+
+    def _forget_overtaken(self, seq: Sequence, group: CacheGroup, first: int, last: int) -> None:
+        """Of the checkpoints in what is being generated, only the last is worth its block: who goes
+        on from there hardly ever begins before it, and a prompt's would have to go for them."""
+        of_prompt = seq.num_prompt_tokens // self._block_size
+        for key in seq.block_keys[max(first - 1, of_prompt) : last - 1]:
+            if (block := group.pool.find(key)) is not None:
+                group.pool.forget(block)
 
     def withdraw(self, seq: Sequence) -> None:
         """Forgets all that was computed of a sequence, whose K and V can't be trusted."""

@@ -199,7 +199,8 @@ class Scheduler:
         granted = min(seq.num_tokens - seq.num_computed_tokens, budget)
         if seq.is_scored:
             granted = min(granted, max(1, MAX_SCORED_TOKENS - schedule.num_scored_tokens))
-        return granted
+        start = seq.num_computed_tokens
+        return self.blocks.end_of_chunk(start, start + granted) - start
 
     def _plan(self, schedule: Schedule, seq: Sequence, granted: int) -> None:
         if seq.is_scored:

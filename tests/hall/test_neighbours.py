@@ -27,13 +27,14 @@ import numpy as np
 import pytest
 import serving
 import tiny_models
+from families import zoo
 
 from mlxpage.block_pool import NULL_BLOCK
-from mlxpage.cache_group import CacheGroup
-from mlxpage.metal import backend, reference
+from mlxpage.cache_group import CacheGroup, StateGroup
+from mlxpage.metal import backend, reference, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import Rows
+from mlxpage.metal.layout import Rows, group_kinds
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
@@ -124,6 +125,8 @@ READER = "stablelm"
 READER_CONFIG = {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5, "use_qkv_bias": True}
 
 ALL = tuple(SCRIPTS)
+# Each sequence goes on from a state of its own.
+WITH_STATES = ["falcon_h1", "qwen3_next"]
 # (family, dtype, scripts)
 CASES = [
     (family, dtype, script)
@@ -134,6 +137,7 @@ CASES = [
         ("cohere2", "float32", ("mixed", "shared")),
         ("qwen3_moe", "float32", ("decode", "mixed")),
         (READER, "float32", ("mixed", "shared")),
+        *((family, "float32", ("mixed", "shared")) for family in WITH_STATES),
         ("llama", "bfloat16", ("decode", "mixed")),
         ("gemma3_text", "float16", ("chunks", "shared")),
     ]
@@ -144,6 +148,10 @@ SERVED = ["llama", "gemma3_text", "gpt_oss"]
 
 
 def make(family: str, dtype: str) -> Model:
+    if family in WITH_STATES:
+        model = Model(*zoo.make(family, dtype=getattr(mx, dtype)))
+        self_check.check(model, 16)
+        return model
     if family == READER:
         config = {"model_type": family, **tiny_models._COMMON, **READER_CONFIG}
         architecture = importlib.import_module(f"mlx_lm.models.{family}")
@@ -168,12 +176,15 @@ class Play:
         self.watched = watched
         self.change = change
         self.owners = script.owners()
-        num_groups = len({spec.window for spec in model.specs})
+        kinds = group_kinds(model.specs)
         self.cache = KVCache(
-            model.specs, [NUM_BLOCKS] * num_groups, script.block_size, fetches=model.fetches
+            model.specs, [NUM_BLOCKS] * len(kinds), script.block_size, fetches=model.fetches
         )
         self.groups = [
-            CacheGroup(NUM_BLOCKS, script.block_size, window) for window in self.cache.windows
+            StateGroup(NUM_BLOCKS, script.block_size)
+            if kind.has_states
+            else CacheGroup(NUM_BLOCKS, script.block_size, kind.window)
+            for kind in kinds
         ]
         for seed, group in enumerate(self.groups):  # blocks come in no order
             blocks = np.array(group.pool.allocate(NUM_BLOCKS))
@@ -250,7 +261,7 @@ class Play:
         for index, (group, table) in enumerate(zip(self.groups, tables, strict=True)):
             if group.is_shared(table, computed):
                 copies.append((index, *group.copy_shared(table, computed)))
-            group.grow(table, max(0, group.missing(table, computed + count)))
+            group.grow(table, computed + count)
         return copies
 
     def _rows(self, parts, copies) -> tuple[Rows, list[tuple[str, int]]]:
@@ -279,8 +290,8 @@ class Play:
         )
 
     def _replace_numbers(self) -> None:
-        """Replaces all K and V but those that the watched sequence's next row reads, or the next
-        row of the one that it will branch from."""
+        """Replaces all K, V and states but those that the watched sequence's next row reads, or the
+        next row of the one that it will branch from."""
         name: str | None = self.watched
         parents = {
             child: parent
@@ -293,24 +304,27 @@ class Play:
             name = None if has_ended else parents.get(name)
         size = self.script.block_size
         for layer in self.cache.layers:
-            window = self.groups[layer.group].window
+            group = self.groups[layer.group]
             keep = np.zeros((NUM_BLOCKS + 1, size), bool)
             if name is not None:
                 end = self.computed[name]
-                read = np.arange(0 if window is None else max(0, end - window + 1), end)
+                first = 0 if group.window is None else max(0, end - group.window + 1)
+                read = np.arange(first, end)
                 table = np.array(self.tables[name][layer.group], int)
                 keep[table[read // size], read % size] = True
                 assert not keep[NULL_BLOCK].any(), "the watched sequence has lost a block"
+            keep = keep.any(axis=1) if group.is_state else keep[:, None, :]
             layer.pool.fill(*(self._replaced(pool, keep) for pool in layer.pool.arrays()))
         mx.eval(self.cache.arrays())
 
     def _replaced(self, pool: mx.array, keep: np.ndarray) -> mx.array:
         numbers = np.array(pool.astype(mx.float32))
         others = 100 * self._rng.standard_normal(numbers.shape, np.float32)
-        foreign = ~keep.any(axis=1)
+        foreign = ~keep.reshape(len(keep), -1).any(axis=1)
         foreign[NULL_BLOCK] = False
         others[foreign] = self._rng.choice(NOT_NUMBERS, others[foreign].shape)
-        return mx.array(np.where(keep[:, None, :, None], numbers, others)).astype(pool.dtype)
+        keep = keep.reshape(keep.shape + (1,) * (pool.ndim - keep.ndim))
+        return mx.array(np.where(keep, numbers, others)).astype(pool.dtype)
 
 
 def compare(plain: Play, changed: Play) -> list[str]:

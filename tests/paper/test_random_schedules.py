@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import Request, Shelf, World
 
-from mlxpage.cache_group import CacheGroup
+from mlxpage.cache_group import CacheGroup, StateGroup
 from mlxpage.prefix_cache import PrefixCache
 from mlxpage.scheduler import Scheduler
 
@@ -26,13 +26,23 @@ def need(request: Request, group: CacheGroup, chunk: int) -> int:
     return group.blocks_for(request.prompt + request.new, chunk)
 
 
+STATES = "states"
+"""In the place of a window."""
+
+
+def group_of(num_blocks: int, block_size: int, window, limit: int | None = None) -> CacheGroup:
+    if window == STATES:
+        return StateGroup(num_blocks, block_size, limit=limit)
+    return CacheGroup(num_blocks, block_size, window, limit=limit)
+
+
 def pool_for(
-    requests: list[Request], block_size: int, window: int | None, chunk: int, share: float
+    requests: list[Request], block_size: int, window, chunk: int, share: float
 ) -> CacheGroup:
     """A pool of `share` of what all `requests` want at once, but enough for the largest."""
-    group = CacheGroup(0, block_size, window)
+    group = group_of(0, block_size, window)
     needs = [need(request, group, chunk) for request in requests]
-    return CacheGroup(max(max(needs), round(share * sum(needs))), block_size, window)
+    return group_of(max(max(needs), round(share * sum(needs))), block_size, window)
 
 
 # -- loads drawn by hypothesis --
@@ -40,7 +50,7 @@ def pool_for(
 
 @dataclass
 class Load:
-    groups: list[tuple[int, int | None, float]]  # block size, window, share of the demand
+    groups: list[tuple]  # block size, window or STATES, share of the demand
     max_num_seqs: int
     max_num_batched_tokens: int
     depth: int
@@ -63,7 +73,7 @@ def loads(draw):
     block_sizes = st.sampled_from([1, 2, 3, 4, 8, 16, 32])
     group = st.tuples(
         st.just(draw(block_sizes)) if prefix_cache else block_sizes,
-        st.none() | st.integers(1, 64),
+        st.none() | st.integers(1, 64) | st.just(STATES),
         st.sampled_from([0, 0.25] if crowd else [0, 0.1, 0.25, 0.5, 1]),
     )
     request = st.builds(
@@ -100,14 +110,15 @@ def serve(load: Load) -> World:
     first_limits = [group.pool.limit for group in groups]
     if load.start < 1:
         groups = [
-            CacheGroup(max(1, int(load.start * n)), g.block_size, g.window, limit=n)
-            for g, n in zip(groups, first_limits, strict=True)
+            group_of(max(1, int(load.start * n)), size, window, limit=n)
+            for (size, window, _), n in zip(load.groups, first_limits, strict=True)
         ]
     scheduler = Scheduler(
         groups,
         max_num_seqs=load.max_num_seqs,
         max_num_batched_tokens=load.max_num_batched_tokens,
         prefix_cache=PrefixCache(groups, shelf(load)) if load.prefix_cache else None,
+        shares_in_step=not any(group.is_state for group in groups),
         make_larger=lambda *wanted: world.make_larger(*wanted),
     )
     world = World(scheduler, load.depth)

@@ -2,7 +2,8 @@
 
 It knows the rules of a paged cache, and nothing of how the scheduler keeps them: a row writes the
 slot of its position, then reads the slots of all positions in its window. What it writes depends
-on its token and all before it. Every claim about a plan is asserted while it runs.
+on its token and all before it. A state is one slot for a block: a chunk reads the one of the token
+before it and leaves that of its last token. Every claim about a plan is asserted while it runs.
 """
 
 from collections import deque
@@ -357,6 +358,9 @@ class World:
             assert pool.num_owners(block) or block in pool._keys, "read for nobody"
             self.memory[index][block] = list(content)
         for index, group in enumerate(self.scheduler.groups):
+            if group.is_state:
+                self.update_states(index, group, plan)
+                continue
             writers: dict[int, int] = {}
             for part in plan.scheduled:
                 self.write(index, group, part, writers)
@@ -409,9 +413,13 @@ class World:
 
     def beginning(self, seq: Sequence) -> int:
         """A fork goes on where its parent was, which may have begun again; if that was at the end,
-        only the last token is computed again."""
+        only the last token is computed again, or with states what comes after the last block."""
         last = len(seq.token_ids) - 1 if seq.id in self.parents else 0
-        return min(self.branched_at.get(seq.id, last), last)
+        at = self.branched_at.get(seq.id, last + 1)
+        for group in self.scheduler.groups:
+            if group.is_state and at > last:
+                last = last // group.block_size * group.block_size
+        return min(at, last)
 
     def life(self, seq: Sequence) -> tuple[int, int]:
         return (seq.id, seq.num_preemptions)
@@ -442,6 +450,24 @@ class World:
             slots = memory.setdefault(block, [0] * size)
             slots[first - column * size : last - column * size] = marks[first:last]
 
+    def update_states(self, index: int, group: CacheGroup, plan: Schedule) -> None:
+        memory, size = self.memory[index], group.block_size
+        written = {}
+        for part in plan.scheduled:
+            end, table = part.start + part.num_tokens, part.seq.block_tables[index]
+            marks = self.marks_of(part.seq, end)
+            if part.start:
+                found = memory[table[(part.start - 1) // size]]
+                assert found == marks[part.start - 1 : part.start], "goes on from another state"
+            block = table[(end - 1) // size]
+            assert 1 <= block <= group.pool.num_blocks
+            assert written.setdefault(block, part) is part, "two write to a block"
+            memory[block] = [marks[end - 1]]
+        for part in plan.scheduled:
+            if part.start:
+                block = part.seq.block_tables[index][(part.start - 1) // size]
+                assert written.get(block, part) is part, "reads what is being written"
+
     def read(self, index: int, group: CacheGroup, part, late: dict[int, int]) -> None:
         memory, size = self.memory[index], group.block_size
         end = part.start + part.num_tokens
@@ -462,7 +488,9 @@ class World:
                 # Who hasn't computed anything yet has branched off, or is reading what is stored.
                 tokens = self.num_fed.get(self.life(seq), seq.num_computed_tokens)
                 assert len(table) == -(-tokens // group.block_size)
-                if group.window is not None and seq.id in chunks:
+                if group.is_state:
+                    assert held <= 2
+                elif group.window is not None and seq.id in chunks:
                     read = group.window - 1 + chunks[seq.id]
                     assert held <= -(-(read - 1) // group.block_size) + 1
                 elif group.window is None:
