@@ -14,7 +14,7 @@ from mlxpage.metal import choice, self_check
 from mlxpage.metal import memory as sizing
 from mlxpage.metal import model as models
 from mlxpage.metal.backend import BLAS, device
-from mlxpage.metal.kv_cache import windows
+from mlxpage.metal.layout import GroupKind, group_kinds
 
 
 def machine() -> dict[str, Any]:
@@ -58,15 +58,16 @@ def model(
         "family": loaded.family,
         "layers": len(loaded.specs),
         "heads of K and V": ", ".join(
-            sorted({f"{s.kv_heads} x {s.k_head_dim}" for s in loaded.specs})
-        ),
+            sorted({f"{s.kv_heads} x {s.k_head_dim}" for s in loaded.kv_specs})
+        )
+        or "none",
         "windows": ", ".join(
-            f"{sum(s.window == w for s in loaded.specs)} layers {'full' if w is None else w}"
-            for w in windows(loaded.specs)
+            f"{sum(s.group == kind for s in loaded.specs)} layers {_named(kind)}"
+            for kind in group_kinds(loaded.specs)
         ),
         "context": f"{loaded.context_length:,} tokens" if loaded.context_length else "not stated",
         "vocabulary": f"{loaded.vocab_size:,} tokens",
-        "K/V of a token": f"{sum(s.bytes_per_token for s in loaded.specs):,} bytes",
+        "K/V of a token": f"{sum(s.bytes_per_token for s in loaded.kv_specs):,} bytes",
         "sampling defaults": model_store.generation_defaults(folder) or "greedy",
     }
     if (wanted := choice.wanted()).ops is not choice.REFERENCE.ops:
@@ -78,3 +79,9 @@ def model(
     except mlxpage.OutOfMemory as error:
         facts["fits"] = f"no: {error}"
     return facts
+
+
+def _named(kind: GroupKind) -> str:
+    if kind.has_states:
+        return "with states"
+    return "full" if kind.window is None else str(kind.window)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlxpage.block_store import BlockStore
 from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layout import Spec, StateSpec
 from mlxpage.metal.model import Model
 from mlxpage.prefix_cache import PrefixCache
 from mlxpage.scheduler import Schedule
@@ -184,16 +185,19 @@ def facts(model: Model, fingerprint: str, block_size: int) -> dict[str, Any]:
         "family": model.family,
         "logits": _dtype(model.logits_dtype),
         "block_size": block_size,
-        "layers": [
-            {
-                "window": spec.window,
-                "kv_heads": spec.kv_heads,
-                "head_dim": [spec.k_head_dim, spec.v_head_dim],
-                "dtype": _dtype(spec.dtype),
-                "bits": [spec.k_bits, spec.v_bits],
-            }
-            for spec in model.specs
-        ],
+        "layers": [_of_layer(spec) for spec in model.specs],
+    }
+
+
+def _of_layer(spec: Spec) -> dict[str, Any]:
+    if isinstance(spec, StateSpec):
+        return {"states": [[list(array.shape), _dtype(array.dtype)] for array in spec.kept]}
+    return {
+        "window": spec.window,
+        "kv_heads": spec.kv_heads,
+        "head_dim": [spec.k_head_dim, spec.v_head_dim],
+        "dtype": _dtype(spec.dtype),
+        "bits": [spec.k_bits, spec.v_bits],
     }
 
 

@@ -6,9 +6,10 @@ import warnings
 from contextlib import suppress
 from types import ModuleType
 
-from mlxpage.cache_group import CacheGroup
+from mlxpage.cache_group import CacheGroup, StateGroup
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kv_cache import KVCache, windows
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layout import GroupKind, group_kinds
 from mlxpage.metal.memory import Plan, gigabytes
 from mlxpage.metal.model import Model
 
@@ -19,15 +20,14 @@ class ElasticPool:
     def __init__(self, model: Model, plan: Plan, ops: ModuleType):
         self._model: Model | None = model
         self._ops = ops
+        kinds = group_kinds(model.specs)
         self.groups = [
-            CacheGroup(start, plan.block_size, window, limit=limit)
-            for start, limit, window in zip(
-                plan.start, plan.num_blocks, windows(model.specs), strict=True
-            )
+            _group(kind, start, plan.block_size, limit)
+            for kind, start, limit in zip(kinds, plan.start, plan.num_blocks, strict=True)
         ]
         self._block_nbytes = [
-            plan.block_size * sum(s.bytes_per_token for s in model.specs if s.window == g.window)
-            for g in self.groups
+            sum(sum(s.block_nbytes(plan.block_size)) for s in model.specs if s.group == kind)
+            for kind in kinds
         ]
         self.num_grown = self.num_shrunk = 0
         self.has_failed = False
@@ -105,3 +105,9 @@ class ElasticPool:
 
     def close(self) -> None:
         self._model = None
+
+
+def _group(kind: GroupKind, num_blocks: int, block_size: int, limit: int) -> CacheGroup:
+    if kind.has_states:
+        return StateGroup(num_blocks, block_size, limit=limit)
+    return CacheGroup(num_blocks, block_size, kind.window, limit=limit)

@@ -305,7 +305,7 @@ class Engine:
 
     @property
     def _is_quantised(self) -> bool:
-        return any(spec.k_bits or spec.v_bits for spec in self.model.specs)
+        return any(spec.k_bits or spec.v_bits for spec in self.model.kv_specs)
 
     def _fail_broken(self, sampling: list[Sequence], tokens: list[int]) -> None:
         """Fails the requests that got no token because their logits were not finite."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from mlxpage.errors import UnsupportedModel
 from mlxpage.metal.backend import mx
-from mlxpage.metal.layout import LayerSpec
+from mlxpage.metal.layout import LayerSpec, Spec, StateArray, StateSpec
 
 # What the families call the longest sequence they were trained for.
 CONTEXT_KEYS = (
@@ -27,55 +27,124 @@ def refuse_dynamic_rope(module, family: str) -> None:
         )
 
 
-def layer_specs(module, family: str) -> tuple[list[LayerSpec], list[int | None]]:
-    """Window, heads and dtype of every layer's cache, from a forward that is never evaluated. And
-    how many of them each layer has in a list, None if it has one and no list."""
-    from mlx_lm.models.cache import CacheList, ChunkedKVCache, RotatingKVCache, make_prompt_cache
-    from mlx_lm.models.cache import KVCache as DenseCache
+Nesting = list[int | list[int | None] | None]
+"""For each layer the number of its cache's spec, or those of several; None: it never fills it."""
+
+
+def layer_specs(module, family: str) -> tuple[list[Spec], Nesting]:
+    """What the layers' caches keep, from forwards that are never evaluated, and whose they are."""
+    from mlx_lm.models.cache import CacheList, make_prompt_cache
 
     of_layers = make_prompt_cache(module)
-    nesting = [len(c.caches) if isinstance(c, CacheList) else None for c in of_layers]
-    caches = [
-        cache
-        for of_layer in of_layers
-        for cache in (of_layer.caches if isinstance(of_layer, CacheList) else [of_layer])
-    ]
-    for cache in caches:
-        if type(cache) not in (DenseCache, RotatingKVCache, ChunkedKVCache):
-            raise UnsupportedModel(
-                f"{family} keeps its state in {type(cache).__name__}, "
-                "which can't be paged yet; only attention layers with K and V can"
-            )
-        if getattr(cache, "keep", 0):
-            raise UnsupportedModel(
-                f"{family} keeps its first {cache.keep} positions beside a window, "
-                "which can't be paged yet"
-            )
+    for cache in _flat(of_layers):
+        _refuse_unknown(cache, family)
     module(mx.zeros((1, 1), mx.int32), cache=of_layers)
-    if any(cache.keys is None for cache in caches):
-        raise UnsupportedModel(
-            f"{family} has layers that never fill their cache, which can't be paged yet"
-        )
-    if any(cache.values.shape[3] == 0 for cache in caches):
-        raise UnsupportedModel(
-            f"{family} has layers that keep K without V, which can't be paged yet"
-        )
-    return [
-        LayerSpec(
+    filled = [cache for cache in _flat(of_layers) if not cache.empty()]
+    states = [cache for cache in filled if _has_states(cache)]
+    state_arrays = iter(_state_arrays(module, of_layers, states, family) if states else ())
+    specs = [
+        StateSpec(next(state_arrays))
+        if _has_states(cache)
+        else LayerSpec(
             window=getattr(cache, "max_size", None),
             kv_heads=cache.keys.shape[1],
             k_head_dim=cache.keys.shape[3],
             v_head_dim=cache.values.shape[3],
             dtype=cache.keys.dtype,
         )
-        for cache in caches
-    ], nesting
+        for cache in filled
+    ]
+    if not specs:
+        raise UnsupportedModel(f"{family} has no layer that keeps what it has read")
+    numbers = {id(cache): number for number, cache in enumerate(filled)}
+    return specs, [
+        [numbers.get(id(each)) for each in cache.caches]
+        if isinstance(cache, CacheList)
+        else numbers.get(id(cache))
+        for cache in of_layers
+    ]
 
 
-def nested(caches: list, nesting: list[int | None]) -> list:
-    """One cache, or a list of them, for each layer."""
-    rest = iter(caches)
-    return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in nesting]
+def _flat(of_layers: list) -> list:
+    from mlx_lm.models.cache import CacheList
+
+    return [
+        cache
+        for of_layer in of_layers
+        for cache in (of_layer.caches if isinstance(of_layer, CacheList) else [of_layer])
+    ]
+
+
+def _has_states(cache) -> bool:
+    from mlx_lm.models.cache import ArraysCache
+
+    return isinstance(cache, ArraysCache)
+
+
+def _refuse_unknown(cache, family: str) -> None:
+    from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
+
+    if type(cache) not in (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache):
+        raise UnsupportedModel(
+            f"{family} keeps what it has read in {type(cache).__name__}, which can't be paged "
+            "yet; only K and V and states in mlx-lm's own caches can"
+        )
+    if getattr(cache, "keep", 0):
+        raise UnsupportedModel(
+            f"{family} keeps its first {cache.keep} positions beside a window, "
+            "which can't be paged yet"
+        )
+
+
+_LONGEST_START = 64
+"""Tokens after which a state has to have its full shape."""
+
+
+def _state_arrays(
+    module, caches: list, states: list, family: str
+) -> list[tuple[StateArray | None, ...]]:
+    """The arrays of each state, in caches that have had a forward of one token: more follow, until
+    no shape changes."""
+    shapes = [_shapes(states)]
+    while len(shapes) < 2 or shapes[-1] != shapes[-2]:
+        if len(shapes) == _LONGEST_START:
+            raise UnsupportedModel(
+                f"{family} keeps a state whose shape still changes after {_LONGEST_START} tokens, "
+                "which can't be paged"
+            )
+        module(mx.zeros((1, 1), mx.int32), cache=caches)
+        shapes.append(_shapes(states))
+    return [
+        tuple(
+            None if array is None else StateArray(array, held.dtype, _growing(first, array))
+            for first, array, held in zip(*before, state.cache, strict=True)
+        )
+        for *before, state in zip(shapes[0], shapes[-1], states, strict=True)
+    ]
+
+
+def _shapes(states: list) -> list[list[tuple[int, ...] | None]]:
+    """Without the axis of the batch."""
+    return [[array if array is None else array.shape[1:] for array in s.cache] for s in states]
+
+
+def _growing(first: tuple[int, ...], last: tuple[int, ...]) -> int | None:
+    """The axis along which a state grows."""
+    return next(
+        (i for i, pair in enumerate(zip(first, last, strict=True)) if len({*pair}) > 1), None
+    )
+
+
+def nested(caches: list, nesting: Nesting) -> list:
+    """What each layer gets of `caches`, of which there is one for each spec."""
+
+    def of(number: int | None):
+        return None if number is None else caches[number]
+
+    return [
+        [of(n) for n in of_layer] if isinstance(of_layer, list) else of(of_layer)
+        for of_layer in nesting
+    ]
 
 
 def logits_of(module) -> tuple[int, mx.Dtype]:

@@ -74,6 +74,10 @@ def checked(
     """
 
     def prove() -> None:
+        if model.state_specs:
+            raise UnsupportedModel(f"{model.family} keeps states, which no kernel updates yet")
+        if not all(spec.v_head_dim for spec in model.kv_specs):
+            raise UnsupportedModel(f"{model.family} keeps K without V, which no kernel writes yet")
         self_check.check(model, block_size, backend=kernels)
         if model.shape is not Shape.ROWS:
             raise UnsupportedModel(model.why_not_rows)

@@ -10,9 +10,9 @@ from types import ModuleType
 import numpy as np
 
 from mlxpage.errors import UnsupportedModel
-from mlxpage.metal import reference
+from mlxpage.metal import reference, states
 from mlxpage.metal.backend import mx
-from mlxpage.metal.layout import Attention, LayerSpec, Rows, Step
+from mlxpage.metal.layout import Attention, LayerSpec, Rows, Spec, StateSpec, Step, group_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,11 @@ class LayerCache:
     def step(self) -> Step:
         return self._forward.steps[self.group]
 
+    @property
+    def seen(self) -> LayerCache:
+        """What the model gets."""
+        return self
+
     # -- what mlx-lm's models call --
 
     start_position = 0
@@ -156,36 +161,39 @@ class LayerCache:
 
 
 class KVCache:
-    """All layers' pools. Layers of the same window share block tables: they form a cache group."""
+    """All layers' pools. Layers of the same window share block tables, and so do those with states:
+    they form a cache group."""
 
     def __init__(
         self,
-        specs: list[LayerSpec],
+        specs: list[Spec],
         num_blocks: list[int],
         block_size: int,
         backend: ModuleType = reference,
         *,
         fetches: bool = True,
     ):
-        """`num_blocks` has one entry per cache group, in the order of `windows(specs)`. `backend`
+        """`num_blocks` has one entry per cache group, as in `group_kinds(specs)`. `backend`
         is `reference` or `kernels`: its `Pool` holds a layer, its `Step` the metadata, and
         `LOOK_AHEAD` says how many steps may be dispatched before the results of one are read.
         Without `fetches`, a model has to hand on the K and V that it gets, unread."""
         self.block_size = block_size
         self.num_blocks = list(num_blocks)
-        self.windows = windows(specs)
+        self.kinds = kinds = group_kinds(specs)
         self._backend = backend
         self._forward = Forward(fetches=fetches)
         self._attentions: list[tuple] | None = None
         """(group, kind of pool, attention) of the layers, each once."""
-        groups = [self.windows.index(spec.window) for spec in specs]
-        self.layers = [
-            LayerCache(
-                self._forward, spec, group, backend.Pool(spec, num_blocks[group], block_size)
-            )
-            for spec, group in zip(specs, groups, strict=True)
-        ]
+        self.layers = [self._layer(spec, kinds.index(spec.group)) for spec in specs]
+        self._state_layers = [layer for layer in self.layers if kinds[layer.group].has_states]
         mx.eval(self.arrays())
+
+    def _layer(self, spec: Spec, group: int) -> LayerCache | states.StateLayer:
+        num_blocks = self.num_blocks[group]
+        if isinstance(spec, StateSpec):
+            return states.StateLayer(spec, group, num_blocks)
+        pool = self._backend.Pool(spec, num_blocks, self.block_size)
+        return LayerCache(self._forward, spec, group, pool)
 
     def resize(
         self, num_blocks: list[int], moves: list[list[tuple[int, int]]] | None = None
@@ -222,10 +230,16 @@ class KVCache:
         self._forward.positions = mx.array(rows.positions)
         self._forward.start = int(rows.positions[0]) if is_run else None
         self._forward.steps = [
-            self._backend.Step(rows, tables, self.block_size, window, is_run)
-            for tables, window in zip(rows.block_tables, self.windows, strict=True)
+            states.Step(rows, tables, self.block_size)
+            if kind.has_states
+            else self._backend.Step(rows, tables, self.block_size, kind.window, is_run)
+            for tables, kind in zip(rows.block_tables, self.kinds, strict=True)
         ]
         self.copy(rows.copies)
+        for layer in self._state_layers:
+            layer.begin(self._forward.steps[layer.group])
+        # While MLX still has to read a pool, it would write into a copy.
+        mx.eval([layer.seen.cache for layer in self._state_layers])
 
     def copy(self, copies: list[np.ndarray]) -> None:
         """Copies blocks, as in `Rows`."""
@@ -242,12 +256,11 @@ class KVCache:
         rows = np.stack([np.frombuffer(content, np.uint8) for content in contents])
         after, start = self._forward.after, 0
         for pool in self._pools(group):
-            k, v = pool.block_nbytes()
-            middle, end = start + k, start + k + v
-            held = pool.as_blocks(rows[:, start:middle], rows[:, middle:end])
-            after = pool.load(np.array(blocks), held, after)
+            ends = start + np.cumsum(pool.block_nbytes())
+            parts = np.split(rows[:, start : ends[-1]], ends[:-1] - start, axis=1)
+            after = pool.load(np.array(blocks), pool.as_arrays(parts), after)
             mx.eval(pool.written())
-            start = end
+            start = ends[-1]
         self._go_on_after(after)
 
     def _go_on_after(self, after: mx.array | None) -> None:
@@ -255,7 +268,7 @@ class KVCache:
             self._forward.after = mx.concatenate([after[:8]] * (_AFTER // 8))
 
     def read(self, group: int, blocks: list[int]) -> list[memoryview]:
-        """What `blocks` hold of all layers of a cache group: K and V of a layer after the other,
+        """What `blocks` hold of all layers of a cache group: the arrays of a layer after the other,
         as they lie in the pools. Waits for what is being computed."""
         mx.synchronize()
         which = mx.array(blocks, mx.int32)
@@ -276,6 +289,8 @@ class KVCache:
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""
         self._attentions = None
+        for layer in self._state_layers:
+            layer.end(self._forward.steps[layer.group])
         if self._backend.LOOK_AHEAD:
             # Of the same shape and type, however many rows of whatever.
             self._forward.after = after.reshape(-1)[:_AFTER].view(mx.int32)
@@ -343,8 +358,3 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
-
-
-def windows(specs: list[LayerSpec]) -> list[int | None]:
-    """The window of each cache group, in the order of the layers."""
-    return list(dict.fromkeys(spec.window for spec in specs))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +62,15 @@ class Format(NamedTuple):
         return (block_size * (self.row_words + self.side_words),), mx.uint32
 
 
+class GroupKind(NamedTuple):
+    """What the layers have in common that share block tables."""
+
+    window: int | None = None
+    """Positions that a row reads, its own among them; None: all."""
+    has_states: bool = False
+    """Whether they keep states instead of K and V."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What one layer keeps for each position."""
@@ -73,6 +84,10 @@ class LayerSpec:
     v_bits: int | None = None
 
     @property
+    def group(self) -> GroupKind:
+        return GroupKind(self.window)
+
+    @property
     def k(self) -> Format:
         return Format(self.k_head_dim, self.dtype, self.k_bits)
 
@@ -84,6 +99,10 @@ class LayerSpec:
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.k.nbytes + self.v.nbytes)
 
+    def block_nbytes(self, block_size: int) -> list[int]:
+        """Bytes of a block in each of the layer's arrays."""
+        return [block_size * self.kv_heads * part.nbytes for part in (self.k, self.v)]
+
     def quantised(self, k_bits: int | None, v_bits: int | None) -> LayerSpec:
         """The same with K and V kept in so many bits. Raises UnsupportedModel for a head size that
         can't be cut into groups."""
@@ -94,7 +113,62 @@ class LayerSpec:
                     "be quantised in groups of 64 or 32. Leave kv_bits out, or give it for the "
                     "other one alone."
                 )
-        return replace(self, k_bits=k_bits, v_bits=v_bits)
+        return replace(self, k_bits=k_bits, v_bits=v_bits if self.v_head_dim else None)
+
+
+class StateArray(NamedTuple):
+    """One array of a layer's state, of one sequence."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    growing: int | None = None
+    """The axis that is as long as the sequence until it has its full length."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What one layer keeps of all positions together: the arrays of an mlx-lm `ArraysCache`, None
+    for those that it never sets."""
+
+    arrays: tuple[StateArray | None, ...]
+
+    @property
+    def group(self) -> GroupKind:
+        return GroupKind(has_states=True)
+
+    @property
+    def kept(self) -> list[StateArray]:
+        return [array for array in self.arrays if array is not None]
+
+    @property
+    def full_after(self) -> int:
+        """Tokens after which its arrays have their full shapes: a state of nothing is None."""
+        return max(1 if a.growing is None else a.shape[a.growing] for a in self.kept)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The least precise of its arrays."""
+        return min((array.dtype for array in self.kept), key=lambda dtype: dtype.size)
+
+    def block_nbytes(self, block_size: int) -> list[int]:
+        """Bytes of a state in each of the layer's arrays."""
+        return [array.nbytes for array in self.kept]
+
+    def quantised(self, k_bits: int | None, v_bits: int | None) -> StateSpec:
+        """A state stays as it is."""
+        return self
+
+
+Spec = LayerSpec | StateSpec
+
+
+def group_kinds(specs: list[Spec]) -> list[GroupKind]:
+    """The cache groups, in the order of the layers."""
+    return list(dict.fromkeys(spec.group for spec in specs))
 
 
 class Attention(NamedTuple):
@@ -251,47 +325,62 @@ class Blocks(NamedTuple):
         return Blocks(k, v, PoolKind(*k.shape[1:3], *formats))
 
 
-class Pool:
-    """The blocks of one layer, full of zeros at first. Backends write and read them."""
+class BlockArrays(ABC):
+    """The blocks of one layer, in arrays (num_blocks + 1, ...)."""
+
+    @abstractmethod
+    def held(self) -> list[mx.array]:
+        """The arrays."""
+
+    @abstractmethod
+    def fill(self, *arrays: mx.array) -> None:
+        """Makes these the ones that are `held`."""
+
+    def resize(self, num_blocks: int, moves: list[tuple[int, int]]) -> None:
+        """Keeps the blocks up to `num_blocks`, after moving (source, target) each; new ones are
+        zeros. Nothing may be computed with the arrays meanwhile.
+
+        At most one array exists twice at any time, and none is changed: if it raises, each holds
+        all that it held, and is of the one or the other size.
+        """
+        arrays = self.held()
+        for place in range(len(arrays)):
+            arrays[place] = _resized(arrays[place], num_blocks + 1, moves)
+            self.fill(*arrays)
+            mx.clear_cache()  # or MLX would keep the old array for another use
+
+    def block_nbytes(self) -> list[int]:
+        """Of a block in each array."""
+        return [array.nbytes // len(array) for array in self.held()]
+
+    def read(self, blocks: mx.array) -> Iterator[np.ndarray]:
+        """`blocks` (B,) of each array as they are, (B, bytes of a block) uint8. Nothing may be
+        computed with the arrays meanwhile."""
+        for array in self.held():
+            taken = mx.take(array, blocks, axis=0).reshape(len(blocks), -1)
+            yield np.array(taken.view(mx.uint8))
+
+    def as_arrays(self, contents: list[np.ndarray]) -> list[mx.array]:
+        """What `read` gave, as arrays again."""
+        return [
+            mx.array(data).view(array.dtype).reshape(len(data), *array.shape[1:])
+            for data, array in zip(contents, self.held(), strict=True)
+        ]
+
+
+class Pool(BlockArrays):
+    """K and V of one layer, full of zeros at first. Backends write and read them."""
 
     def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int):
         self.kind = kind = PoolKind(spec.kv_heads, block_size, spec.k, spec.v)
         self.fill(*(mx.zeros(*kind.shape(part, num_blocks)) for part in (kind.k, kind.v)))
 
+    def held(self) -> list[mx.array]:
+        return [self.k, self.v]
+
     def fill(self, k: mx.array, v: mx.array) -> None:
         """Makes these the pools: of `PoolKind.shape` each."""
         self.k, self.v = k, v
-
-    def resize(self, num_blocks: int, moves: list[tuple[int, int]]) -> None:
-        """Keeps the blocks up to `num_blocks`, after moving (source, target) each; new ones are
-        zeros. Nothing may be computed with the pools meanwhile.
-
-        At most one array exists twice at any time, and none is changed: if it raises, K and V hold
-        all that they held, in pools of the one or the other size.
-        """
-        self.fill(_resized(self.k, num_blocks + 1, moves), self.v)
-        mx.clear_cache()  # or MLX would keep the old array for another use
-        self.fill(self.k, _resized(self.v, num_blocks + 1, moves))
-        mx.clear_cache()
-
-    def block_nbytes(self) -> list[int]:
-        """Of the K and of the V of a block."""
-        return [pool.nbytes // len(pool) for pool in (self.k, self.v)]
-
-    def read(self, blocks: mx.array) -> Iterator[np.ndarray]:
-        """K, then V of `blocks` (B,) as they are, (B, bytes of a block) uint8. Nothing may be
-        computed with the pools meanwhile."""
-        for pool in (self.k, self.v):
-            taken = mx.take(pool, blocks, axis=0).reshape(len(blocks), -1)
-            yield np.array(taken.view(mx.uint8))
-
-    def as_blocks(self, k: np.ndarray, v: np.ndarray) -> Blocks:
-        """What `read` gave, as arrays."""
-        arrays = [
-            mx.array(data).view(pool.dtype).reshape(len(data), *pool.shape[1:])
-            for data, pool in ((k, self.k), (v, self.v))
-        ]
-        return Blocks(*arrays, self.kind)
 
 
 def _resized(array: mx.array, length: int, moves: list[tuple[int, int]]) -> mx.array:

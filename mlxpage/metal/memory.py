@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 from mlxpage.errors import InvalidRequest, OutOfMemory
 from mlxpage.metal import reference
 from mlxpage.metal.backend import device
-from mlxpage.metal.kv_cache import windows
-from mlxpage.metal.layout import LayerSpec
+from mlxpage.metal.layout import GroupKind, LayerSpec, Spec, group_kinds
 from mlxpage.metal.model import Model
 from mlxpage.sizes import gigabytes, in_bytes
 
@@ -19,6 +19,12 @@ DEFAULT_SHARE = 0.5
 # Without a budget given, the pool is no larger than this many tokens for each sequence that may
 # run (or one whole context), although the budget would allow more.
 DEFAULT_TOKENS_PER_SEQUENCE = 1024
+
+# States that a sequence may have: the one that it reads and the one that it writes, and as many
+# checkpoints. The blocks of K and V are there for so many tokens of each at least, or the states,
+# which may be a thousand times as large, would take all of the pool.
+_STATES_PER_SEQUENCE = 4
+_TOKENS_PER_STATE = 128
 
 # Beside a step's tokens, the room that a pool has at first: for some short sequences.
 _START_TOKENS = 1024
@@ -47,23 +53,29 @@ class Plan:
     pool: int
     block_size: int
     num_blocks: list[int]
-    """Per cache group, in the order of `windows`: what a pool may grow to."""
+    """Per cache group, as in `group_kinds`: what a pool may grow to."""
     start: list[int]
     """What it has at first; all of them if the number of blocks was given."""
     tokens: int
     """The longest sequence that the pool holds when it's alone."""
+    kinds: list[GroupKind]
     is_fixed: bool = False
     """Whether the number of blocks was given: such a pool neither grows nor shrinks."""
 
     def describe(self) -> str:
         """One line for people."""
-        blocks = max(self.num_blocks)
         size = gigabytes(self.pool) if self.is_fixed else f"up to {gigabytes(self.pool)}"
+        pairs = list(zip(self.kinds, self.num_blocks, strict=True))
+        parts = [f"{blocks:,} states" for kind, blocks in pairs if kind.has_states]
+        if blocks := max((blocks for kind, blocks in pairs if not kind.has_states), default=0):
+            parts.insert(0, f"{blocks:,} blocks x {self.block_size} tokens")
+            parts[-1] += (
+                f" = {self.tokens:,} tokens, room for {max(1, self.tokens // 1024):,} sequences of "
+                "1,024"
+            )
         return (
-            f"pool {size} = {blocks:,} blocks x {self.block_size} tokens = "
-            f"{self.tokens:,} tokens, room for {max(1, self.tokens // 1024):,} sequences of 1,024; "
-            f"weights {gigabytes(self.weights)}, scratch {gigabytes(self.scratch)}, "
-            f"budget {gigabytes(self.budget)}"
+            f"pool {size} = {' and '.join(parts)}; weights {gigabytes(self.weights)}, "
+            f"scratch {gigabytes(self.scratch)}, budget {gigabytes(self.budget)}"
         )
 
 
@@ -112,22 +124,29 @@ def plan(
 
     Within it the pool starts small and grows. `num_blocks` sets the size of the full-attention
     groups (or of all, if none is) for good; the budget then only has to hold it. Windowed groups
-    are never larger than what `max_num_seqs` sequences can read.
+    are never larger than what `max_num_seqs` sequences can read, and there are some states for each
+    of them at most.
 
     Raises OutOfMemory if the budget doesn't hold the weights and a usable pool.
     """
     machine = device()
     budget = parse(memory, machine.memory)
     weights = model.nbytes
-    caps = [
-        None
-        if window is None
-        else _window_cap(window, block_size, max_num_seqs, max_num_batched_tokens)
-        for window in windows(model.specs)
-    ]
+    kinds = group_kinds(model.specs)
+    is_fixed = num_blocks is not None
 
     def blocks(wanted: int) -> list[int]:
-        return [wanted if cap is None else min(wanted, cap) for cap in caps]
+        return [of_kind(kind, wanted) for kind in kinds]
+
+    def of_kind(kind: GroupKind, wanted: int) -> int:
+        if kind.has_states:
+            most = _STATES_PER_SEQUENCE * max_num_seqs
+            for_tokens = most if is_fixed else wanted * block_size // _TOKENS_PER_STATE
+            return min(max(for_tokens, _STATES_PER_SEQUENCE), most)
+        if kind.window is None:
+            return wanted
+        cap = _window_cap(kind.window, block_size, max_num_seqs, max_num_batched_tokens)
+        return min(wanted, cap)
 
     def pool(wanted: int) -> int:
         return _pool_bytes(model.specs, blocks(wanted), block_size)
@@ -147,7 +166,6 @@ def plan(
         lambda n: weights + scratch(n) + pool(n) <= budget and buffer(n) <= machine.max_buffer,
         2**31 // block_size,
     )
-    is_fixed = num_blocks is not None
     if not is_fixed:
         # Nobody can use more than this.
         wanted = whole_context * max_num_seqs
@@ -183,6 +201,7 @@ def plan(
         blocks(num_blocks),
         blocks(min(start, num_blocks)),
         num_blocks * block_size,
+        kinds,
         is_fixed,
     )
 
@@ -205,23 +224,20 @@ def _window_cap(
     return max_num_seqs * each + -(-max_num_batched_tokens // block_size)
 
 
-def _pool_bytes(specs: list[LayerSpec], num_blocks: list[int], block_size: int) -> int:
-    groups = windows(specs)
+def _pool_bytes(specs: list[Spec], num_blocks: list[int], block_size: int) -> int:
+    return sum(_array_bytes(specs, num_blocks, block_size))
+
+
+def _largest_buffer(specs: list[Spec], num_blocks: list[int], block_size: int) -> int:
+    return max(_array_bytes(specs, num_blocks, block_size))
+
+
+def _array_bytes(specs: list[Spec], num_blocks: list[int], block_size: int) -> Iterator[int]:
+    """Of each array of the pool."""
     # One more than the blocks that are handed out: NULL_BLOCK has its place too.
-    return sum(
-        (num_blocks[groups.index(spec.window)] + 1) * block_size * spec.bytes_per_token
-        for spec in specs
-    )
-
-
-def _largest_buffer(specs: list[LayerSpec], num_blocks: list[int], block_size: int) -> int:
-    groups = windows(specs)
-    return max(
-        (num_blocks[groups.index(spec.window)] + 1)
-        * block_size
-        * spec.kv_heads
-        * max(spec.k.nbytes, spec.v.nbytes)
-        for spec in specs
+    lengths = dict(zip(group_kinds(specs), (count + 1 for count in num_blocks), strict=True))
+    return (
+        lengths[spec.group] * nbytes for spec in specs for nbytes in spec.block_nbytes(block_size)
     )
 
 
@@ -260,7 +276,7 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
         logit_rows += rows
     logits = logit_rows * model.vocab_size * 4
     scores = heads * rows * context * _LAYERS_AT_ONCE
-    layer = max(_gathered_bytes(spec) for spec in model.specs)
+    layer = max((_gathered_bytes(spec) for spec in model.kv_specs), default=0)
     gathered = layer * (_LAYERS_AT_ONCE * context + min(tokens, max_num_seqs * context))
     if model.fetches:  # it makes K and V of all heads of them, and the scores of a whole chunk
         own = (int(config.get(name) or 0) for name in ("qk_nope_head_dim", "v_head_dim"))
@@ -268,4 +284,7 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
         gathered += 2 * _LAYERS_AT_ONCE * context * heads * of_head * size
     else:
         scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES)
-    return activations + logits + 4 * scores + gathered
+    # Those of all layers, as they were, and of some as they become.
+    states = [sum(spec.block_nbytes(1)) for spec in model.state_specs]
+    states = max_num_seqs * (sum(states) + _LAYERS_AT_ONCE * max(states, default=0))
+    return activations + logits + 4 * scores + gathered + states

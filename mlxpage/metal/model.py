@@ -16,7 +16,7 @@ from mlxpage.metal import anatomy, reference, seam
 from mlxpage.metal.backend import device, mlx_lm_utils, mx
 from mlxpage.metal.compiled import Compiled
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import Rows, Shape
+from mlxpage.metal.layout import LayerSpec, Rows, Shape, StateSpec
 
 
 class Model:
@@ -51,9 +51,23 @@ class Model:
     def quantise_cache(self, k_bits: int | None, v_bits: int | None) -> None:
         """Makes the next pools keep K and V in so many bits, 8 or 4; None: as they are.
 
-        Raises UnsupportedModel for head sizes that can't be quantised.
+        Raises UnsupportedModel for head sizes that can't be quantised, and if there are none.
         """
+        if (k_bits or v_bits) and not self.kv_specs:
+            raise UnsupportedModel(
+                f"{self.family} keeps no K and V that could be quantised: leave kv_bits out"
+            )
         self.specs = [spec.quantised(k_bits, v_bits) for spec in self.specs]
+
+    @property
+    def kv_specs(self) -> list[LayerSpec]:
+        """Those of `specs` that are of K and V."""
+        return [spec for spec in self.specs if isinstance(spec, LayerSpec)]
+
+    @property
+    def state_specs(self) -> list[StateSpec]:
+        """Those of `specs` that are of states."""
+        return [spec for spec in self.specs if isinstance(spec, StateSpec)]
 
     @property
     def nbytes(self) -> int:
@@ -87,18 +101,25 @@ class Model:
         logits = []
         for first, last in cuts:
             logits.append(self._step(rows.part(first, last), is_run=first >= together))
-            # What still had to read a pool would make the next write copy it.
-            mx.eval(logits[-1], self.cache.written())
+            # What still had to read a pool would make the next write copy it. In this order, new
+            # states aren't kept for long.
+            mx.eval(self.cache.written(), logits[-1])
         order = np.concatenate([rows.sampled_of(*cut) for cut in cuts])
         logits = mx.concatenate(logits)
         return logits if (np.diff(order) == 1).all() else logits[mx.array(np.argsort(order))]
 
     def _cuts(self, rows: Rows, together: int) -> list[tuple[int, int]]:
         """The sequences of each forward: of the first ones, with single rows, those whose contexts
-        are about as long, for all get K and V as long as the longest's; then each by itself."""
-        blocks = -(-rows.contexts[:together] // self.cache.block_size)
-        alike = [(first, last) for first, last, _ in reference.buckets(blocks, 1)]
-        return alike + [(i, i + 1) for i in range(together, len(rows.contexts))]
+        are about as long, for all get K and V as long as the longest's; the others, and those whose
+        state isn't there yet or not complete, each by itself."""
+        complete = max((spec.full_after for spec in self.state_specs), default=0)
+        alone = int(np.searchsorted(rows.contexts[:together], complete, "right"))
+        blocks = -(-rows.contexts[alone:together] // self.cache.block_size)
+        if not self.kv_specs:
+            blocks[:] = 0
+        alike = [(alone + a, alone + b) for a, b, _ in reference.buckets(blocks, 1)]
+        own = [*range(alone), *range(together, len(rows.contexts))]
+        return sorted(alike + [(i, i + 1) for i in own])
 
     def _step(self, rows: Rows, *, is_run: bool = False) -> mx.array:
         """One forward."""
@@ -121,7 +142,7 @@ class Model:
             is_run = self.cache.is_run
             logits = self.module(
                 tokens[None] if is_run else tokens[:, None],
-                cache=anatomy.nested(self.cache.layers, self._nesting),
+                cache=anatomy.nested([layer.seen for layer in self.cache.layers], self._nesting),
             )
             self.cache.end(logits if self._wanted.hidden is None else self._wanted.hidden)
             if not self._gathers_rows:

@@ -223,6 +223,8 @@ def write(
 
     In place if nobody else holds `pool`: MLX then gives its memory to the result.
     """
+    if not rows.size:  # of a layer without V: MLX ends the process when it scatters nothing
+        return pool
     if begun is not None:
         pool[begun] = 0
     if part.bits is None:
@@ -238,6 +240,8 @@ def write(
 def copy_blocks(pool: mx.array, pairs: np.ndarray) -> mx.array:
     """The pool after its blocks were copied, `pairs` (C, 2) of source and target in order; in
     place as in `write`."""
+    if not pool.size:
+        return pool
     sources, targets = mx.array(pairs[:, 0]), mx.array(pairs[:, 1])
     # All are read before one is written: a block may be a target after it was a source. And they
     # have been read, or what is still to be read would hold the pool.
@@ -396,11 +400,11 @@ class Pool(layout.Pool):
     """The blocks of one layer, as MLX arrays that each write replaces by its result."""
 
     def arrays(self) -> list[mx.array]:
-        return [self.k, self.v]
+        return self.held()
 
     def written(self) -> list[mx.array]:
         """What has to be evaluated in every step, so that its writes take place."""
-        return [self.k, self.v]
+        return self.held()
 
     def write(
         self, step: Step, k: mx.array, v: mx.array, after: mx.array | None, *, is_read: bool
@@ -415,10 +419,14 @@ class Pool(layout.Pool):
         self.k, self.v = copy_blocks(self.k, pairs), copy_blocks(self.v, pairs)
         return after
 
-    def load(self, blocks: np.ndarray, contents: Blocks, after: mx.array | None) -> mx.array | None:
-        """Makes `contents` what `blocks` (B,) hold."""
+    def load(
+        self, blocks: np.ndarray, contents: list[mx.array], after: mx.array | None
+    ) -> mx.array | None:
+        """Makes K and V `contents` what `blocks` (B,) hold."""
         where = mx.array(blocks)
-        self.k[where], self.v[where] = contents.k, contents.v
+        for pool, content in zip(self.held(), contents, strict=True):
+            if content.size:
+                pool[where] = content
         return after
 
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:

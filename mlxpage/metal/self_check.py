@@ -13,8 +13,17 @@ import numpy as np
 from mlxpage.errors import InvalidModel, MlxpageError, OutOfMemory, UnsupportedModel
 from mlxpage.metal import kernels, reference, seam
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kv_cache import KVCache, windows
-from mlxpage.metal.layout import Attention, LayerSpec, PoolKind, Rows, Shape
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layout import (
+    Attention,
+    LayerSpec,
+    PoolKind,
+    Rows,
+    Shape,
+    Spec,
+    StateSpec,
+    group_kinds,
+)
 from mlxpage.metal.model import Model
 from mlxpage.metal.quantised import dequantised, quantised_blocks
 
@@ -30,6 +39,7 @@ _CHEAP_WINDOW = 64
 WAYS = [
     (Shape.ROWS, False),
     (Shape.ROWS, True),
+    (Shape.CHUNKS, False),
     (Shape.CHUNKS, True),
     (Shape.SEQUENCES, True),
 ]
@@ -68,7 +78,8 @@ def check(
         )
     rng = np.random.default_rng(seed)
     lengths = [8, block_size + 1, 2 * block_size + 3]
-    cheap = [w for w in windows(model.specs) if w is not None and w <= _CHEAP_WINDOW]
+    windows = {spec.window for spec in model.kv_specs} - {None}
+    cheap = [window for window in windows if window <= _CHEAP_WINDOW]
     if cheap:
         lengths.append(max(cheap) + block_size)
     prompts = [rng.integers(0, model.vocab_size, n).astype(np.int32) for n in sorted(lengths)]
@@ -87,7 +98,12 @@ def check(
         )
     allowed = _SLACK * noise + _FLOOR[_working_dtype(model)] * scale
     plain = [spec.quantised(None, None) for spec in model.specs]
-    refusals = []
+    refusals: list[str] = []  # not the errors, which hold the pools that they were raised over
+    model.why_not_rows = None
+    if model.state_specs:
+        # Rows of a sequence in one batch would each go on from the state before all of them.
+        model.why_not_rows = f"{model.family} keeps states, which need whole chunks"
+        ways = [way for way in ways if way[0] is not Shape.ROWS]
     for model.shape, model.fetches in ways:
         try:
             with _refusing(f"{model.family} can't compute over a block pool"):
@@ -96,10 +112,11 @@ def check(
             _compare(what, paged, dense, allowed)
             break
         except UnsupportedModel as error:
-            refusals.append(error)
+            refusals.append(str(error))
     else:
-        raise refusals[0]
-    model.why_not_rows = None if model.shape is Shape.ROWS else str(refusals[0])
+        raise UnsupportedModel(refusals[0])
+    if model.shape is not Shape.ROWS:
+        model.why_not_rows = model.why_not_rows or refusals[0]
     if model.specs != plain and backend is not reference:
         ours, theirs = (
             _paged(model, model.specs, prompts, block_size, each, rng)
@@ -126,7 +143,7 @@ def _compare(what: str, ours: list[np.ndarray], theirs: list[np.ndarray], allowe
 _MOST_CODES = 3
 
 
-def _compare_held(specs: list[LayerSpec], ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+def _compare_held(specs: list[Spec], ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
     """K and V of all layers, as the pools hold them."""
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         spec = specs[number // 2]
@@ -195,18 +212,18 @@ class _Paged(NamedTuple):
 
 def _paged(
     model: Model,
-    specs: list[LayerSpec],
+    specs: list[Spec],
     prompts: list[np.ndarray],
     block_size: int,
     backend: ModuleType,
     rng,
 ) -> _Paged:
     num_blocks = sum(-(-len(prompt) // block_size) for prompt in prompts)
-    groups = windows(specs)
+    groups = group_kinds(specs)
     sizes = [num_blocks] * len(groups), block_size
     cache = KVCache(specs, *sizes, backend, fetches=model.fetches)
     for layer in cache.layers:  # what a freed block holds: somebody else's K and V
-        layer.pool.fill(*_random_blocks(layer.pool.kind, num_blocks, rng))
+        layer.pool.fill(*_random(layer, num_blocks, rng))
     mx.eval(cache.arrays())
     order = iter(rng.permutation(num_blocks) + 1)
     tables = [[next(order) for _ in range(-(-len(p) // block_size))] for p in prompts]
@@ -226,6 +243,15 @@ def _paged(
         return _Paged(list(np.array(logits.astype(mx.float32))), cache, tables)
     finally:
         model.bind(previous)
+
+
+def _random(layer, num_blocks: int, rng) -> Iterator[mx.array]:
+    """What may be in the arrays of a layer's pool."""
+    if isinstance(layer.spec, StateSpec):
+        for array in layer.pool.held():
+            yield mx.array(rng.standard_normal(array.shape, np.float32)).astype(array.dtype)
+    else:
+        yield from _random_blocks(layer.pool.kind, num_blocks, rng)
 
 
 def _random_blocks(kind: PoolKind, num_blocks: int, rng) -> Iterator[mx.array]:
@@ -325,11 +351,11 @@ def _narrowed(spec: LayerSpec, attention: Attention) -> tuple[LayerSpec, Attenti
 
 def _attentions(model: Model, block_size: int) -> list[tuple[LayerSpec, Attention]]:
     """(spec, how the model attends) of each layer, as a forward of one token shows."""
-    cache = KVCache(model.specs, [1] * len(windows(model.specs)), block_size)
+    cache = KVCache(model.specs, [1] * len(group_kinds(model.specs)), block_size)
     previous = model.cache
     model.bind(cache)
     try:
-        model(_rows([np.zeros(1, np.int32)], [[1]], [(0, 1)], len(cache.windows)))
+        model(_rows([np.zeros(1, np.int32)], [[1]], [(0, 1)], len(cache.kinds)))
     finally:
         model.bind(previous)
     if any(layer.attention is None for layer in cache.layers):

@@ -29,9 +29,11 @@ is loaded is checked once more on its own weights, and refused if it isn't right
 
 - **Step**: *rows*: all sequences in one forward, each token a row of its own; kernels serve it on a
   GPU. *chunks*: the chunk of a prompt in a forward of its own, single tokens together. *sequences*:
-  each sequence in a forward of its own. With the last two a model gets K and V gathered and attends
-  by itself; the reference backend serves it, on a GPU too.
+  each sequence in a forward of its own. The last two are served by the reference backend, on a GPU
+  too; some models get K and V gathered then, and attend by themselves.
 - **Attention**: to all positions, in a sliding window, or to a latent that K and V are made of.
+- **States**: of recurrences, convolutions and the like. They lie in blocks of a pool as K and V do:
+  a prompt that begins alike goes on from the state at the end of a block.
 - All have a prefix cache, forks, preemption and blocks on disk.
 """
 
@@ -64,13 +66,18 @@ def _row(case: str) -> list[str]:
 
 def _attention(case: str) -> str:
     module, config = zoo.make(case)
-    specs = Model(module, config).specs
+    model = Model(module, config)
+    windowed = [spec.window is not None for spec in model.kv_specs]
+    parts = []
     if _is_latent(config) and SHAPES[case] is Shape.CHUNKS:
-        return "latent"
-    windowed = [spec.window is not None for spec in specs]
-    if all(windowed):
-        return "window"
-    return "full and window" if any(windowed) else "full"
+        parts.append("latent")
+    elif not all(windowed):
+        parts.append("full")
+    if any(windowed):
+        parts.append("window")
+    if model.state_specs:
+        parts.append("states")
+    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
 
 
 def _is_latent(config: dict) -> bool:

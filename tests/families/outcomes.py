@@ -20,9 +20,40 @@ class Refusal(NamedTuple):
     cases: list[str]
 
 
+# They keep a state (recurrent, convolution, token ids) for each sequence beside K and V, or instead
+# of them.
+WITH_STATES = [
+    "baichuan_m1",
+    "bailing_hybrid",
+    "bailing_moe_linear",
+    "bailing_moe_v3",
+    "falcon_h1",
+    "gear",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_k3",
+    "kimi_linear",
+    "lfm2",
+    "lfm2-vl",
+    "lfm2_moe",
+    "longcat_flash_ngram",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+    "olmo_hybrid",
+    "plamo2",
+    "prism_hadamard_qwen35",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv7",
+]
+
 # All others take each token as a row of its own.
 _OTHERWISE = {
     Shape.CHUNKS: [
+        *WITH_STATES,
         "deepseek_v3",
         "deepseek_v32",
         "glm4_moe_lite",
@@ -35,56 +66,14 @@ _OTHERWISE = {
         "plamo",
         "stablelm",
     ],
-    Shape.SEQUENCES: ["afm7", "gemma2", "gpt_bigcode", "llama4"],
+    Shape.SEQUENCES: ["afm7", "gemma2", "gpt_bigcode", "llama4", "minimax_m3_vl"],
 }
 
 _REFUSED = [
     Refusal(
-        "keeps its state in ArraysCache",
-        "It keeps a state (recurrent, convolution, token ids) for each sequence beside K and V, or "
-        "instead of them; states have no place in a pool yet.",
-        [
-            "baichuan_m1",
-            "bailing_hybrid",
-            "bailing_moe_linear",
-            "bailing_moe_v3",
-            "falcon_h1",
-            "gear",
-            "granitemoehybrid",
-            "jamba",
-            "kimi_k3",
-            "kimi_linear",
-            "lfm2",
-            "lfm2-vl",
-            "lfm2_moe",
-            "longcat_flash_ngram",
-            "mamba",
-            "mamba2",
-            "nemotron_h",
-            "olmo_hybrid",
-            "plamo2",
-            "prism_hadamard_qwen35",
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen3_next",
-            "recurrent_gemma",
-            "rwkv7",
-        ],
-    ),
-    Refusal(
-        "keeps its state in LayerCache",
+        "keeps what it has read in LayerCache",
         "It keeps windows, compressed groups and pending rows in a cache of its own kind.",
         ["deepseek_v41"],
-    ),
-    Refusal(
-        "keep K without V",
-        "The index of its sparse attention keeps K without V.",
-        ["minimax_m3_vl"],
-    ),
-    Refusal(
-        "layers that never fill their cache",
-        "A layer whose attention is replaced by a product has a cache that it never fills.",
-        ["nemotron-nas, linear"],
     ),
     Refusal(
         "reads 25 positions in a layer whose cache keeps 24",
@@ -111,7 +100,6 @@ _REFUSED = [
     ),
 ]
 
-WITH_STATES = _REFUSED[0].cases
 REFUSALS = {case: refusal for refusal in _REFUSED for case in refusal.cases}
 SHAPES = {
     **{case: Shape.ROWS for case in zoo.CASES if case not in REFUSALS},

@@ -15,7 +15,7 @@ from mlxpage.errors import EngineError, InvalidRequest, OutOfMemory
 from mlxpage.metal import memory, reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import Pool
+from mlxpage.metal.layout import Pool, group_kinds
 from mlxpage.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
@@ -100,7 +100,7 @@ def test_a_pool_grows_and_shrinks_20_times_under_load_at_the_cost_of_an_array(fa
     """The full form has a pool of 2 GB."""
     model = tiny(family)
     if limit is None:
-        block = memory._pool_bytes(model.specs, [0] * len(windows(model)), 16)
+        block = memory._pool_bytes(model.specs, [0] * len(group_kinds(model.specs)), 16)
         limit = 2 * 10**9 // block
     limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
     params = replace(GREEDY, max_tokens=60)
@@ -114,10 +114,6 @@ def test_a_pool_grows_and_shrinks_20_times_under_load_at_the_cost_of_an_array(fa
     assert resizes["grown"] >= 20 and resizes["shrunk"] >= 20
     assert resizer.worst <= 1.1
     assert sum(resizer.returned) > 0
-
-
-def windows(model):
-    return dict.fromkeys(spec.window for spec in model.specs)
 
 
 def test_a_pool_grows_before_anybody_waits_is_preempted_or_loses_what_is_cached():

@@ -17,7 +17,7 @@ from mlxpage.errors import UnsupportedModel
 from mlxpage.metal import kernels, kv_cache, layout, reference, seam, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, MaskTag, Tagged
-from mlxpage.metal.layout import LayerSpec, Rows
+from mlxpage.metal.layout import GroupKind, LayerSpec, Rows
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
@@ -204,7 +204,7 @@ def test_rows_land_in_their_slots_and_clear_the_rest_of_a_block_that_they_begin(
 def test_layers_of_one_window_share_a_group_and_keep_pools_of_their_own():
     specs = [WINDOWED, FULL, WINDOWED, FULL]
     cache = KVCache(specs, [5, 7], BLOCK_SIZE)
-    assert cache.windows == [20, None]
+    assert cache.kinds == [GroupKind(20), GroupKind(None)]
     assert [layer.pool.k.shape[0] for layer in cache.layers] == [6, 8, 6, 8]
     assert len({id(array) for array in cache.arrays()}) == 8
     assert cache.nbytes == sum(

@@ -18,6 +18,7 @@ from mlxpage.errors import InvalidRequest, OutOfMemory
 from mlxpage.metal import memory, self_check
 from mlxpage.metal import model as models
 from mlxpage.metal.backend import Device, mx
+from mlxpage.metal.layout import StateSpec, group_kinds
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.text import Tokenizer
@@ -27,7 +28,15 @@ GB = 10**9
 
 @functools.cache
 def tiny(family):
-    return Model(*odd_models.module(family))
+    return made(family)
+
+
+def made(family, **changes) -> Model:
+    if family not in STATES:
+        return Model(*odd_models.module(family, **changes))
+    model = Model(*zoo.make(family, **changes))
+    self_check.check(model, 16)
+    return model
 
 
 @pytest.fixture
@@ -89,7 +98,8 @@ def test_sizes_are_told_in_units_that_fit():
 
 # -- plans --
 
-FAMILIES = ["llama", "gemma3_text", "gpt_oss", "deepseek_v2", "gemma4_text"]
+STATES = ["falcon_h1", "mamba2"]
+FAMILIES = ["llama", "gemma3_text", "gpt_oss", "deepseek_v2", "gemma4_text", *STATES]
 LIMITS = st.fixed_dictionaries(
     {
         "block_size": st.sampled_from([16, 32]),
@@ -101,14 +111,20 @@ LIMITS = st.fixed_dictionaries(
 
 def bytes_of_pool(model: Model, plan: memory.Plan) -> int:
     """As KVCache lays it out."""
-    return sum(
-        (plan.num_blocks[windows(model).index(spec.window)] + 1)
-        * plan.block_size
-        * spec.kv_heads
-        * (spec.k_head_dim + spec.v_head_dim)
-        * 4
-        for spec in model.specs
-    )
+    return sum(array_bytes(model, plan))
+
+
+def array_bytes(model: Model, plan: memory.Plan) -> list[int]:
+    of_group = dict(zip(group_kinds(model.specs), plan.num_blocks, strict=True))
+    sizes = []
+    for spec in model.specs:
+        if isinstance(spec, StateSpec):
+            of_block = [int(np.prod(array.shape)) for array in spec.kept]
+        else:
+            dims = spec.k_head_dim, spec.v_head_dim
+            of_block = [plan.block_size * spec.kv_heads * dim for dim in dims]
+        sizes += [(of_group[spec.group] + 1) * size * 4 for size in of_block]
+    return sizes
 
 
 @settings(max_examples=300, deadline=None)
@@ -124,22 +140,25 @@ def test_weights_scratch_and_pool_stay_in_the_budget(family, budget, limits):
     assert plan.weights == model.nbytes
     assert plan.pool == bytes_of_pool(model, plan)
     assert plan.weights + plan.scratch + plan.pool <= budget
-    layers = [(plan.num_blocks[windows(model).index(s.window)] + 1, s) for s in model.specs]
-    heads = [n * s.kv_heads * max(s.k_head_dim, s.v_head_dim) for n, s in layers]
-    assert plan.scratch >= max(heads) * plan.block_size * 4, "an array is there twice for a while"
+    largest = max(array_bytes(model, plan))
+    assert plan.scratch >= largest, "an array is there twice for a while"
     assert all(0 < start <= most for start, most in zip(plan.start, plan.num_blocks, strict=True))
-    full = max(plan.num_blocks)
+    full = plan.tokens // plan.block_size
     chunk = -(-limits["max_num_batched_tokens"] // plan.block_size) + 1
-    whole_context = -(-4096 // plan.block_size)
+    whole_context = -(-longest(model) // plan.block_size)
     assert full >= min(chunk, whole_context), "room for a chunk, or for all that can be"
     assert full <= whole_context * limits["max_num_seqs"], "more than anyone can use"
     assert plan.tokens == full * plan.block_size
-    for window, blocks in zip(windows(model), plan.num_blocks, strict=True):
-        assert blocks == full or blocks == cap(window, **limits)
+    for kind, blocks in zip(group_kinds(model.specs), plan.num_blocks, strict=True):
+        if kind.has_states:
+            most = 4 * limits["max_num_seqs"]
+            assert blocks == min(most, max(4, plan.tokens // 128))
+        else:
+            assert blocks == full or blocks == cap(kind.window, **limits)
 
 
-def windows(model: Model) -> list[int | None]:
-    return list(dict.fromkeys(spec.window for spec in model.specs))
+def longest(model: Model) -> int:
+    return model.context_length or 2**20
 
 
 def cap(window, block_size, max_num_seqs, max_num_batched_tokens) -> int:
@@ -156,8 +175,8 @@ def test_one_block_more_would_not_fit_or_not_be_used(family, budget, limits):
         plan = memory.plan(model, memory=budget, **limits)
     except OutOfMemory:
         return
-    wanted = max(plan.num_blocks) + 1
-    if wanted > -(-4096 // plan.block_size) * limits["max_num_seqs"]:
+    wanted = plan.tokens // plan.block_size + 1
+    if wanted > -(-longest(model) // plan.block_size) * limits["max_num_seqs"]:
         return
     with pytest.raises(OutOfMemory):
         memory.plan(model, memory=budget, num_blocks=wanted, **limits)
@@ -185,8 +204,12 @@ def test_a_number_of_blocks_is_taken_as_given():
         for wanted in (1, 5, 100, 3000):
             plan = memory.plan(model, memory=2 * GB, num_blocks=wanted, max_num_seqs=4)
             assert plan.num_blocks == [
-                wanted if window is None else min(wanted, cap(window, 16, 4, 512))
-                for window in windows(model)
+                4 * 4
+                if kind.has_states
+                else wanted
+                if kind.window is None
+                else min(wanted, cap(kind.window, 16, 4, 512))
+                for kind in group_kinds(model.specs)
             ]
             assert plan.start == plan.num_blocks and plan.is_fixed
             assert plan.pool == bytes_of_pool(model, plan)
@@ -284,7 +307,7 @@ SAMPLINGS = [
     "family, vocab", [*((family, 256) for family in FAMILIES), ("llama", 30_000)]
 )
 def test_a_run_stays_in_its_plan(family, vocab):
-    model = Model(*odd_models.module(family, vocab_size=vocab))
+    model = made(family, vocab_size=vocab)
     prompts = [list(range(n)) for n in (1, 200, 33, 100, 150, 7, 64, 250)]
     for params in SAMPLINGS:
         beside, plan = measured(

@@ -93,7 +93,7 @@ def one_step(model: Model, lengths: list[int], sample_rows: list[int]) -> Rows:
         positions=np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
         starts=np.cumsum([0, *lengths]).astype(np.int32),
         contexts=np.array(lengths, np.int32),
-        block_tables=[tables] * len(model.cache.windows),
+        block_tables=[tables] * len(model.cache.kinds),
         sample_rows=np.array(sample_rows, np.int32),
     )
 
@@ -231,10 +231,9 @@ def caches(kinds):
         "K": cache.KVCache,
         "R": lambda: cache.RotatingKVCache(32),
         "keep": lambda: cache.RotatingKVCache(32, keep=4),
-        "A": lambda: cache.ArraysCache(2),
         "C": lambda: cache.ChunkedKVCache(32),
         "Q": cache.QuantizedKVCache,
-        "list with A": lambda: cache.CacheList(cache.KVCache(), cache.ArraysCache(2)),
+        "list with Q": lambda: cache.CacheList(cache.KVCache(), cache.QuantizedKVCache()),
     }
     return [makers[kind]() for kind in kinds]
 
@@ -242,12 +241,9 @@ def caches(kinds):
 @pytest.mark.parametrize(
     "kinds, reason",
     [
-        ("AKK", "state in ArraysCache"),
-        ("KKA", "state in ArraysCache"),
-        (["K", "list with A", "K"], "state in ArraysCache"),
-        ("QQQ", "state in QuantizedKVCache"),
+        ("QQQ", "what it has read in QuantizedKVCache"),
+        (["K", "list with Q", "K"], "what it has read in QuantizedKVCache"),
         (["R", "keep", "K"], "keeps its first 4 positions"),
-        ("KKKK", "layers that never fill their cache"),
     ],
 )
 def test_a_cache_that_cannot_be_paged_is_refused(kinds, reason):
@@ -255,6 +251,14 @@ def test_a_cache_that_cannot_be_paged_is_refused(kinds, reason):
     module.make_cache = lambda: caches(kinds)
     with pytest.raises(UnsupportedModel, match=f"llama .*{reason}"):
         Model(module, config)
+
+
+def test_a_cache_that_no_layer_fills_has_no_pool():
+    module, config = odd_models.module("llama")
+    module.make_cache = lambda: caches("KKKK")
+    model = Model(module, config)
+    assert len(model.specs) == 3
+    self_check.check(model, 16)
 
 
 def test_a_module_that_ends_the_process_is_refused(tmp_path):

@@ -166,11 +166,14 @@ class Pool(layout.Pool):
         self.fence = fence
         return fence
 
-    def load(self, blocks: np.ndarray, contents: Blocks, after: mx.array | None) -> mx.array:
-        """Makes `contents` what `blocks` (B,) hold, after `after`; returns what comes after it."""
+    def load(
+        self, blocks: np.ndarray, contents: list[mx.array], after: mx.array | None
+    ) -> mx.array:
+        """Makes K and V `contents` what `blocks` (B,) hold, after `after`; returns what comes
+        after it."""
         pairs = np.stack([np.arange(len(blocks)), blocks], axis=1).astype(np.int32)
         fence = self.fence if after is None else after
-        self.fence = copy_blocks(self._blocks, pairs, fence, contents)
+        self.fence = copy_blocks(self._blocks, pairs, fence, Blocks(*contents, self.kind))
         return self.fence
 
     def fetch(self, step: Step) -> tuple[mx.array, mx.array]:
