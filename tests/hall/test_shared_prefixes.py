@@ -174,7 +174,7 @@ def compare(model, text, seeds, sizes=TINY) -> None:
     assert restored > len(seeds), "nothing comes from the disk"
     # Of windows and states nobody can run out, once room is kept for them.
     may_run_out = any(spec.window is None for spec in model.kv_specs)
-    preempts = preempted or len(seeds) < 20 or not may_run_out
+    preempts = preempted or len(seeds) < 50 or not may_run_out
     assert found and evicted and preempts, "the cases test nothing"
     assert resized >= len(seeds), "and resize nothing"
 
@@ -214,20 +214,22 @@ def test_a_prefix_of_many_requests_is_computed_once_and_exists_once(family):
     assert rows == 1024 + 64 * (20 + 7)
 
 
+def cases(*parts: range):
+    """Some at a time, and 450 of them for `full`."""
+    full = [pytest.mark.full, pytest.mark.timeout(7200)]
+    return pytest.mark.parametrize("seeds", [*parts, pytest.param(range(450), marks=full)], ids=str)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "count", [50, pytest.param(450, marks=[pytest.mark.full, pytest.mark.timeout(7200)])]
-)
-def test_tiny_models_generate_the_same_with_and_without_the_cache(family, count):
-    compare(tiny(family), text_of(), range(count))
+@cases(range(25), range(25, 50))
+def test_tiny_models_generate_the_same_with_and_without_the_cache(family, seeds):
+    compare(tiny(family), text_of(), seeds)
 
 
 @pytest.mark.parametrize("family", WITH_STATES)
-@pytest.mark.parametrize(
-    "count", [10, pytest.param(450, marks=[pytest.mark.full, pytest.mark.timeout(7200)])]
-)
-def test_models_with_states_generate_the_same_with_and_without_the_cache(family, count):
-    compare(tiny(family), text_of(), range(count))
+@cases(range(10))
+def test_models_with_states_generate_the_same_with_and_without_the_cache(family, seeds):
+    compare(tiny(family), text_of(), seeds)
 
 
 @pytest.mark.parametrize(
