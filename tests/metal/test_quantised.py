@@ -102,10 +102,10 @@ def test_attention_reads_what_the_codes_stand_for(bits, dtype):
             read = pool[table].swapaxes(1, 2).reshape(-1, *pool.shape[1::2])
             sequences[index] = read[:length]
     kind = PoolKind(2, 16, *formats)
-    spans = reference.plan(case.starts, case.contexts, case.tables, 16, None, heads=6)
+    plan = reference.plan(case.starts, case.contexts, case.tables, 16, None, heads=6)
     q = mx.array(case.q.astype(np.float32)).astype(dtype)
     case.q = floats(q)
-    out = reference.paged_attention(q, Blocks(*pools, kind), spans, scale=case.scale)
+    out = reference.paged_attention(q, Blocks(*pools, kind), plan, scale=case.scale)
     tolerance = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}[dtype]
     assert np.abs(floats(out) - defined(case)).max() < tolerance
 

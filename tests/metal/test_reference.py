@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from mlxpage.metal import reference
+from mlxpage.metal import cascade, reference
 from mlxpage.metal.backend import mx
-from mlxpage.metal.layout import Blocks
+from mlxpage.metal.layout import Blocks, Format, PoolKind
+from mlxpage.metal.quantised import dequantised, quantised_blocks
 
 HUGE = 1e30  # squared it's still a float32
 NULL_BLOCK = 0
+
+
+only_on_a_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="nothing is shared there")
 
 
 @dataclass
@@ -91,6 +95,22 @@ def make(rng, sequences, *, block_size=16, window=None, sinks=False, heads=None,
     )
 
 
+def share(case: Case, members: list[int], begin: int, end: int) -> None:
+    """Lets the members hold the same blocks in these columns, as far as each has them at all."""
+    size = case.block_size
+    for column in range(begin, end):
+        holders = [i for i in members if column < case.tables.shape[1] and case.tables[i, column]]
+        if not holders:
+            continue
+        # Of the one that has the most of the block.
+        giver = max(holders, key=lambda i: case.sequences[i][0])
+        for i in holders:
+            positions = slice(column * size, min((column + 1) * size, case.sequences[i][0]))
+            case.tables[i, column] = case.tables[giver, column]
+            case.keys[i][positions] = case.keys[giver][positions]
+            case.values[i][positions] = case.values[giver][positions]
+
+
 def defined(case: Case) -> np.ndarray:
     """softmax(q k / sqrt(d)) v, row by row and head by head."""
     heads, kv_heads = case.q.shape[1], case.keys[0].shape[1]
@@ -114,8 +134,8 @@ def defined(case: Case) -> np.ndarray:
     return out
 
 
-def paged(case: Case, dtype=mx.float32, **changes) -> np.ndarray:
-    """The same through `plan` and `paged_attention`; `changes` are of the plan's arguments."""
+def planned(case: Case, **changes) -> reference.Plan:
+    """`changes` are of the plan's arguments."""
     arguments = {
         "starts": case.starts,
         "contexts": case.contexts,
@@ -124,13 +144,18 @@ def paged(case: Case, dtype=mx.float32, **changes) -> np.ndarray:
         "window": case.window,
         "heads": case.q.shape[1],
     }
-    spans = reference.plan(**arguments | changes)
-    covered = [row for span in spans for row in range(span.rows.start, span.rows.stop)]
+    return reference.plan(**arguments | changes)
+
+
+def paged(case: Case, dtype=mx.float32, **changes) -> np.ndarray:
+    """The same through `plan` and `paged_attention`."""
+    plan = planned(case, **changes)
+    covered = [row for span in plan.spans for row in range(span.rows.start, span.rows.stop)]
     assert covered == list(range(len(case.q))), "each row is attended once, in order"
     out = reference.paged_attention(
         mx.array(case.q.astype(np.float32)).astype(dtype),
         Blocks.plain(*(mx.array(pool).astype(dtype) for pool in (case.k_pool, case.v_pool))),
-        spans,
+        plan,
         scale=case.scale,
         sinks=None if case.sinks is None else mx.array(case.sinks.astype(np.float32)).astype(dtype),
     )
@@ -192,8 +217,8 @@ def test_a_chunk_with_too_many_scores_is_cut(monkeypatch, window, pieces):
         case = make(rng, [(5, 1), chunk], window=window, heads=(2, 3, 32, 16))
         context, rows = chunk
         monkeypatch.setattr(reference, "MAX_SCORES", -(-rows * context * 6 // pieces))
-        spans = reference.plan(case.starts, case.contexts, case.tables, 16, window, heads=6)
-        assert len(spans) - 1 >= min(pieces, rows)
+        plan = reference.plan(case.starts, case.contexts, case.tables, 16, window, heads=6)
+        assert len(plan.spans) - 1 >= min(pieces, rows)
         assert_as_defined(case)
 
 
@@ -217,8 +242,8 @@ def test_attention_spread_over_streams_is_the_same(monkeypatch, count, window):
     for _ in range(5):
         case = make(rng, [*sequences(rng, "mixed", 16), *[(200, 1)] * 4], window=window)
         heads = case.q.shape[1]
-        spans = reference.plan(case.starts, case.contexts, case.tables, 16, window, heads)
-        assert {span.stream for span in spans} == set(range(count))
+        plan = reference.plan(case.starts, case.contexts, case.tables, 16, window, heads)
+        assert {span.stream for span in plan.spans} == set(range(count))
         assert_as_defined(case)
 
 
@@ -247,13 +272,13 @@ def test_queries_of_another_dtype_do_not_cost_a_copy_of_the_pool():
         mx.concatenate([mx.array(pool).astype(mx.float16), blocks])
         for pool in (case.k_pool, case.v_pool)
     )
-    spans = reference.plan(case.starts, case.contexts, case.tables, 16, None, heads=4)
+    plan = reference.plan(case.starts, case.contexts, case.tables, 16, None, heads=4)
     q = mx.array(case.q.astype(np.float32))
     mx.eval(q, k_pool, v_pool)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    out = reference.paged_attention(q, Blocks.plain(k_pool, v_pool), spans, scale=case.scale)
+    out = reference.paged_attention(q, Blocks.plain(k_pool, v_pool), plan, scale=case.scale)
     assert np.abs(np.array(out) - defined(case)).max() < 4e-3
     assert mx.get_peak_memory() - before < k_pool.nbytes / 4
 
@@ -261,10 +286,220 @@ def test_queries_of_another_dtype_do_not_cost_a_copy_of_the_pool():
 def test_decoding_sequences_of_very_different_length_share_no_padding_to_speak_of():
     lengths = np.array(sorted([1, 5, 16, 17, 40, 64, 300, 301, 5000, 20_000]), np.int32)
     tables = np.ones((len(lengths), 20_000 // 16), np.int32)
-    spans = reference.plan(np.arange(len(lengths) + 1), lengths, tables, 16, None, heads=6)
-    read = sum(span.tables.size for span in spans)
-    assert read <= sum(-(-n // 16) for n in lengths.tolist()) + 64 * len(spans)
-    assert 1 < len(spans) < len(lengths)
+    plan = reference.plan(np.arange(len(lengths) + 1), lengths, tables, 16, None, heads=6)
+    read = sum(span.tables.size for span in plan.spans)
+    assert read <= sum(-(-n // 16) for n in lengths.tolist()) + 64 * len(plan.spans)
+    assert 1 < len(plan.spans) < len(lengths)
+
+
+# -- what sequences share --
+
+
+def shared_keys(case: Case, **changes) -> list[int]:
+    """What is read together, in products: rows times keys."""
+    levels = planned(case, **changes).levels
+    return [span.cost for span in levels[0].spans] if len(levels) > 1 else []
+
+
+def prefixed(rng, count: int, blocks: int, *, chunks: int = 0, **options) -> Case:
+    """Sequences that begin with the same blocks and go on by some tokens each, in any order."""
+    more = rng.integers(1, 60, count).tolist()
+    sizes = [(blocks * 16 + each, 1) for each in more[chunks:]]
+    sizes += [(blocks * 16 + each + 1, int(rng.integers(2, each + 2))) for each in more[:chunks]]
+    case = make(rng, sizes, **options)
+    share(case, list(range(count)), 0, blocks)
+    return case
+
+
+@only_on_a_cpu
+def test_what_sequences_share_is_read_once():
+    case = prefixed(np.random.default_rng(0), 8, 20, heads=(2, 3, 32, 16))
+    assert sum(shared_keys(case)) == 8 * 20 * 16
+    read = sum(span.tables.size for span in planned(case).spans)
+    assert read <= 8 * 5, "of its own each has a few blocks"
+    assert_as_defined(case, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 90, 300, 1000])
+@pytest.mark.parametrize("kind", ["decode", "chunk", "mixed"])
+def test_shared_blocks_are_attended_as_the_definition_says(monkeypatch, kind, window):
+    monkeypatch.setattr(cascade, "_CALL_BLOCKS", 1)
+    rng = np.random.default_rng([len(kind), window or 0])
+    for _ in range(12):
+        count = int(rng.integers(2, 9))
+        chunks = {"decode": 0, "chunk": count, "mixed": count // 2}[kind]
+        sinks = bool(rng.integers(0, 2))
+        blocks = int(rng.integers(1, 25))
+        assert_as_defined(
+            prefixed(rng, count, blocks, chunks=chunks, window=window, sinks=sinks), tolerance=1e-5
+        )
+
+
+@only_on_a_cpu
+@pytest.mark.parametrize("window, keys", [(None, 320), (400, 320), (200, 128), (100, 64), (40, 0)])
+def test_only_what_every_window_holds_entirely_is_shared(monkeypatch, window, keys):
+    """Contexts end anywhere, so windows begin within a block, or in different ones."""
+    monkeypatch.setattr(cascade, "_CALL_BLOCKS", 1)
+    rng = np.random.default_rng(1)
+    case = make(rng, [(n, 1) for n in (330, 335, 341)], window=window, heads=(2, 2, 16, 32))
+    share(case, [0, 1, 2], 0, 20)
+    assert sum(shared_keys(case)) == 3 * keys
+    assert_as_defined(case, tolerance=1e-5)
+    full = make(np.random.default_rng(1), [(n, 1) for n in (330, 335, 341)], heads=(2, 2, 16, 32))
+    share(full, [0, 1, 2], 0, 20)
+    full.window = window  # keys that are out of reach are no longer huge
+    assert_as_defined(full, tolerance=1e-5)
+
+
+@only_on_a_cpu
+def test_several_prefixes_are_shared_by_sequences_that_do_not_stand_together():
+    rng = np.random.default_rng(2)
+    sizes = [(700 + 3 * i, 1) for i in range(12)] + [(640 + 5 * i, 5) for i in range(3)]
+    for sinks in (False, True):
+        case = make(rng, sizes, heads=(2, 3, 32, 16), sinks=sinks)
+        share(case, [0, 3, 5, 8, 13], 0, 40)
+        share(case, [1, 2, 9, 11, 12], 0, 30)
+        share(case, [4, 7], 0, 36)
+        rows = [1, 1, 1, 1, 5], [1, 1, 1, 1, 5], [1, 1]
+        expected = zip(rows, (40, 30, 36), strict=True)
+        assert sum(shared_keys(case)) == sum(sum(each) * n * 16 for each, n in expected)
+        assert_as_defined(case, tolerance=1e-5)
+
+
+@only_on_a_cpu
+def test_what_is_nested_is_shared_where_that_saves_the_most():
+    rng = np.random.default_rng(3)
+    for together, saved_by_all in ((40, True), (12, False)):
+        case = make(rng, [(1000, 1)] * 6 + [(650, 1)] * 2, heads=(1, 2, 16, 16))
+        share(case, list(range(8)), 0, together)
+        share(case, [2, 3, 4], 0, 62)
+        share(case, [5, 6, 7], 0, 62)
+        expected = 8 * together if saved_by_all else 6 * 62
+        assert sum(shared_keys(case)) == expected * 16
+        assert_as_defined(case, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("last", [32 * 16, 32 * 16 - 1, 31 * 16 + 1])
+def test_a_sequence_may_be_shared_up_to_its_last_block(last):
+    case = make(np.random.default_rng(4), [(last, 1)] * 3 + [(600, 1)], heads=(2, 2, 32, 32))
+    share(case, [0, 1, 2, 3], 0, 32)
+    assert_as_defined(case, tolerance=1e-5)
+
+
+@only_on_a_cpu
+def test_a_block_in_common_is_not_shared_in_another_place():
+    """Nor after the first one that differs."""
+    case = make(np.random.default_rng(5), [(1000, 1)] * 4, heads=(2, 2, 32, 32))
+    share(case, [0, 1, 2, 3], 1, 60)
+    assert shared_keys(case) == []
+    moved = case.tables.copy()
+    moved[1] = np.roll(moved[0], 1)
+    assert shared_keys(case, tables=moved) == []
+    assert_as_defined(case, tolerance=1e-5)
+
+
+@only_on_a_cpu
+def test_a_little_in_common_is_not_worth_a_call():
+    case = make(np.random.default_rng(6), [(100, 1)] * 4, heads=(2, 2, 32, 32))
+    share(case, [0, 1, 2, 3], 0, 2)
+    assert shared_keys(case) == []
+    assert planned(case).places is None
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(mx.float32, 1e-5), (mx.float16, 4e-3), (mx.bfloat16, 3e-2)]
+)
+def test_shared_blocks_may_be_of_16_bits_and_quantised(dtype, tolerance, bits):
+    rng = np.random.default_rng(7)
+    options = {"heads": (2, 2, 64, 32), "garbage": 1e3}
+    case = prefixed(rng, 7, 20, chunks=2, sinks=True, **options)
+    case.q = np.array(mx.array(case.q.astype(np.float32)).astype(dtype).astype(mx.float32))
+    kind, pools = PoolKind(2, 16, Format(64, dtype, bits), Format(32, dtype, bits)), []
+    for pool, part, own in (
+        (case.k_pool, kind.k, case.keys),
+        (case.v_pool, kind.v, case.values),
+    ):
+        blocks = mx.array(pool).astype(dtype)
+        blocks = quantised_blocks(blocks, part) if bits else blocks
+        pools.append(blocks)
+        held = dequantised(blocks, part, 16) if bits else blocks
+        held = np.array(held.astype(mx.float32))
+        for i, (context, _) in enumerate(case.sequences):
+            own[i] = held[case.tables[i]].swapaxes(1, 2).reshape(-1, *pool.shape[1::2])[:context]
+    sinks = mx.array(case.sinks.astype(np.float32)).astype(dtype)
+    case.sinks = np.array(sinks.astype(mx.float32))
+    out = reference.paged_attention(
+        mx.array(case.q).astype(dtype),
+        Blocks(*pools, kind),
+        planned(case),
+        scale=case.scale,
+        sinks=sinks,
+    )
+    assert out.dtype == dtype
+    assert np.abs(np.array(out.astype(mx.float32)) - defined(case)).max() < tolerance
+
+
+@only_on_a_cpu
+def test_quantised_blocks_that_are_shared_are_unpacked_once(monkeypatch):
+    gather, gathered = reference.gather, []
+    monkeypatch.setattr(
+        reference, "gather", lambda blocks, at: gathered.append(at.size) or gather(blocks, at)
+    )
+    case = prefixed(np.random.default_rng(8), 16, 20, heads=(1, 2, 32, 32), garbage=1e3)
+    part = Format(32, mx.float32, 8)
+    pools = [quantised_blocks(mx.array(pool), part) for pool in (case.k_pool, case.v_pool)]
+    plan = planned(case)
+    blocks = Blocks(*pools, PoolKind(1, 16, part, part))
+    reference.paged_attention(mx.array(case.q.astype(np.float32)), blocks, plan, scale=case.scale)
+    assert gathered.count(20) == 1
+    assert sum(gathered) <= 20 + 16 * 5
+
+
+@only_on_a_cpu
+@pytest.mark.parametrize("most", [2**10, 2**13, 2**16])
+def test_many_rows_of_shared_keys_are_cut(monkeypatch, most):
+    monkeypatch.setattr(reference, "MAX_SCORES", most)
+    case = prefixed(np.random.default_rng(9), 12, 20, chunks=3, heads=(2, 3, 32, 16))
+    rows = len(case.q)
+    assert all(cost * 6 <= most + 320 * 6 for cost in shared_keys(case)), "at most a row more"
+    assert sum(shared_keys(case)) == rows * 320
+    assert_as_defined(case, tolerance=1e-5)
+
+
+@only_on_a_cpu
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shared_keys_are_spread_over_streams(monkeypatch, count):
+    streams = [None, *(mx.new_thread_local_stream(mx.cpu) for _ in range(count - 1))]
+    monkeypatch.setattr(reference, "_streams", lambda: streams)
+    monkeypatch.setattr(reference, "_SCORES_TO_SPREAD", 1000)
+    rng = np.random.default_rng(10)
+    case = prefixed(rng, 12, 20, chunks=3, heads=(2, 3, 32, 16), sinks=True)
+    shared, own = planned(case).levels
+    assert {span.stream for span in shared.spans} == set(range(count))
+    assert {span.stream for span in own.spans} == set(range(count))
+    assert_as_defined(case, tolerance=1e-5)
+
+
+def test_sequences_that_share_at_random():
+    rng = np.random.default_rng(11)
+    for _ in range(40):
+        sizes = sequences(rng, "mixed", 16)
+        window = None if rng.random() < 0.6 else int(rng.integers(20, 500))
+        case = make(rng, sizes, window=window, sinks=bool(rng.integers(0, 2)))
+        for _ in range(int(rng.integers(1, 4))):
+            members = rng.permutation(len(sizes))[: int(rng.integers(2, 12))].tolist()
+            share(case, members, 0, int(rng.integers(1, 25)))
+        # Whoever got a block of another one by that has its K and V.
+        for i, (context, _) in enumerate(case.sequences):
+            for p in range(context):
+                if case.tables[i, p // 16]:
+                    case.keys[i][p] = case.k_pool[case.tables[i, p // 16], :, p % 16]
+                    case.values[i][p] = case.v_pool[case.tables[i, p // 16], :, p % 16]
+        for least in (1, 5, 40):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cascade, "_CALL_BLOCKS", least)
+                assert_as_defined(case)
 
 
 @pytest.fixture(scope="module")
