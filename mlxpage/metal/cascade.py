@@ -34,7 +34,7 @@ def common_runs(tables: np.ndarray, first: np.ndarray, last: np.ndarray) -> list
     """The runs that save the most reading, none or one for each sequence.
 
     Args:
-        tables: (S, M) block ids.
+        tables: (S, M) block ids. A block is in the same column of all tables that have it.
         first: (S,) the first column that all rows of a sequence may read entirely.
         last: (S,) the column after the last one.
     """
@@ -45,24 +45,25 @@ def common_runs(tables: np.ndarray, first: np.ndarray, last: np.ndarray) -> list
     begin, last = begin[some], last[some]
     columns = begin[:, None] + np.arange((last - begin).max() + 1)
     taken = np.take_along_axis(tables[some], np.minimum(columns, tables.shape[1] - 1), axis=1)
-    # What isn't to be read is like nothing else, and what begins elsewhere is too.
+    # What isn't to be read is like nothing else.
     taken = np.where(columns < last[:, None], taken, -1 - np.arange(len(some))[:, None])
-    taken = np.concatenate([begin[:, None], taken], axis=1).astype(np.int32)
+    taken = taken.astype(np.int32)
     # Sorted, those with the longest runs in common are neighbours.
     order = taken.view(f"V{taken.itemsize * taken.shape[1]}").ravel().argsort()
     taken = taken[order]
-    alike = np.maximum((taken[1:] == taken[:-1]).argmin(axis=1) - 1, 0)
-    return [
-        Run(np.sort(some[order[i:j]]), int(begin[order[i]]), int(begin[order[i]]) + length)
-        for i, j, length in _groups(alike)
-    ]
+    alike = (taken[1:] == taken[:-1]).argmin(axis=1)
+    runs = []
+    for i, j, length in _groups(alike):
+        first = int(begin[order[i]])
+        runs.append(Run(np.sort(some[order[i:j]]), first, first + length))
+    return runs
 
 
 def _not_alone(tables: np.ndarray, begin: np.ndarray, last: np.ndarray) -> np.ndarray:
     """The sequences whose first block is that of another one too: mostly none, and that is all
     that has to be known."""
     some = np.flatnonzero(begin < last)
-    blocks = begin[some].astype(np.int64) << 32 | tables[some, begin[some]]
+    blocks = tables[some, begin[some]]
     _, which, counts = np.unique(blocks, return_inverse=True, return_counts=True)
     return some[counts[which] > 1]
 

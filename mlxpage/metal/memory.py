@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxpage.errors import InvalidRequest, OutOfMemory
 from mlxpage.metal import reference
-from mlxpage.metal.backend import device
+from mlxpage.metal.backend import device, mx
 from mlxpage.metal.layout import GroupKind, LayerSpec, Spec, group_kinds
 from mlxpage.metal.model import Model
 from mlxpage.sizes import gigabytes, in_bytes
@@ -242,11 +242,14 @@ def _array_bytes(specs: list[Spec], num_blocks: list[int], block_size: int) -> I
 
 
 def _gathered_bytes(spec: LayerSpec) -> int:
-    """Of a position: K and V as they were, and on a CPU what the codes of one of them become on
-    their way."""
+    """Of a position: K and V as they were, and on a CPU what 16 bits become there, and the codes of
+    one of them on their way."""
     plain = spec.quantised(None, None).bytes_per_token
+    if device().kind != "cpu":
+        return plain
     codes = max(part.head_dim if part.bits else 0 for part in (spec.k, spec.v))
-    return plain + (spec.kv_heads * codes * _UNPACKING_BYTES if device().kind == "cpu" else 0)
+    wide = 0 if spec.dtype == mx.float32 else 4 * (spec.k_head_dim + spec.v_head_dim)
+    return plain + spec.kv_heads * (codes * _UNPACKING_BYTES + wide)
 
 
 def _first(config: dict[str, Any], *names: str) -> int:

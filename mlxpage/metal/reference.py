@@ -31,9 +31,11 @@ dense_attention = mx.fast.scaled_dot_product_attention
 # A call of its own costs a handful of operations per layer, about as much as reading this many
 # blocks: sequences are padded to their bucket's longest rather than split over more buckets.
 _BUCKET_BLOCKS = 64
-# Scores (rows x keys x heads) of one call: on a CPU, which has no fused attention, they exist at
-# once, and MLX runs some twenty calls ahead of the one that is computed.
+# Scores (rows x keys x heads) that exist at once in one call on a CPU, which has no fused
+# attention: twice, as they are and as exponentials. MLX runs some twenty calls ahead of the one
+# that is computed.
 MAX_SCORES = 2**22
+_COPIES = 2
 # So many are worth a second core.
 _SCORES_TO_SPREAD = 2**15
 _MAX_STREAMS = 4
@@ -175,7 +177,8 @@ def _shared(
             rows += range(starts[i], starts[i + 1])
         keys = run.length * block_size
         scores = (len(rows) - begin) * keys * heads
-        count = max(-(-scores // MAX_SCORES), streams if scores > _SCORES_TO_SPREAD else 1)
+        count = -(-scores * _COPIES // MAX_SCORES)
+        count = max(count, streams if scores > _SCORES_TO_SPREAD else 1)
         blocks = mx.array(tables[run.sequences[:1], run.begin : run.end])
         spans += [
             Span(slice(*cut), blocks, slice(0, keys), None)
@@ -247,7 +250,7 @@ def _chunk(
     """Spans of one sequence's rows, its last ones. They read parts of the same blocks, which are
     gathered once."""
     scores = len(rows) * context * heads
-    count = -(-scores // MAX_SCORES)
+    count = -(-scores * _COPIES // MAX_SCORES)
     if streams > 1 and scores > MAX_SCORES // 8:
         # Later rows have more keys: two pieces each, the first with the last, even it out.
         count = max(count, 2 * streams)
@@ -466,6 +469,9 @@ def _rows(turned: mx.array) -> mx.array:
 
 def _gather_to_read(blocks, indices):
     k, v = gather(blocks, indices)
+    if mx.default_device() == mx.cpu:
+        # In 16 bits products are slow there, and scores would be rounded.
+        k, v = k.astype(mx.float32), v.astype(mx.float32)
     if blocks.kind.is_quantised:
         # Unpacking takes several times the memory of its result: not for K, V and other layers at
         # once.
@@ -475,7 +481,7 @@ def _gather_to_read(blocks, indices):
 
 
 def _is_read_in_place(q, blocks, span) -> bool:
-    """In float32 only, for the scores pass through the products' dtype."""
+    """In float32 only, which all products are in."""
     if mx.default_device() != mx.cpu:
         return False
     all_float32 = q.dtype == blocks.k.dtype == blocks.v.dtype == mx.float32
@@ -485,18 +491,20 @@ def _is_read_in_place(q, blocks, span) -> bool:
 
 
 def _attend(q, k, v, mask, before, scale) -> Attended:
-    """q: (S, heads, C, k_dim); k, v: (S, kv_heads, keys, head_dim); mask: as in `Span`"""
+    """q: (S, heads, C, k_dim); k, v: (S, kv_heads, keys, head_dim), on a CPU in float32; mask: as
+    in `Span`"""
     if mx.default_device() != mx.cpu:
         sinks = before and before.logits.flatten()
         out = dense_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
         return Attended(out, out[..., :1])  # without sums: here nothing is shared
     sequences, heads, rows, k_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    scores = (q * scale).reshape(sequences, kv_heads, -1, k_dim) @ k.swapaxes(2, 3)
-    dtype, scores = scores.dtype, scores.astype(mx.float32).reshape(sequences, heads, rows, keys)
+    q = q.astype(mx.float32) * scale
+    scores = q.reshape(sequences, kv_heads, -1, k_dim) @ k.swapaxes(2, 3)
+    scores = scores.reshape(sequences, heads, rows, keys)
 
     def values(weights):
-        weights = weights.astype(dtype).reshape(sequences, kv_heads, -1, keys)
+        weights = weights.reshape(sequences, kv_heads, -1, keys)
         return (weights @ v).reshape(sequences, heads, rows, -1)
 
     return _weighed(scores, mask, before, values)
@@ -530,7 +538,7 @@ def _weighed(
     before: Attended | None,
     values: Callable[[mx.array], mx.array],
 ) -> Attended:
-    """A softmax of scores (S, heads, C, keys) in float32, and the `values` of its weights.
+    """A softmax of scores (S, heads, C, keys), and what `values` makes of weights.
 
     `before` is (S, heads, C, head_dim) of what the rows were attended to already.
     """
@@ -544,14 +552,13 @@ def _weighed(
         largest = mx.maximum(largest, before.logits)
     weights = _exp(scores - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    if before is None:
-        return Attended(values(weights / total), largest + mx.log(total))
-    share = _exp(before.logits - largest)
-    total = total + share
-    out = values(weights / total)
-    if before.values is not None:
-        out = out + share / total * before.values
-    return Attended(out, largest + mx.log(total))
+    out = values(weights)
+    if before is not None:
+        share = _exp(before.logits - largest)
+        total = total + share
+        if before.values is not None:
+            out = out + share * before.values
+    return Attended(out / total, largest + mx.log(total))
 
 
 def _exp(x: mx.array) -> mx.array:
