@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A product of its own costs about as much as reading this many blocks a second time.
-_CALL_BLOCKS = 32
+# What a call of its own, and for each sequence the merging, cost about as much as reading: blocks.
+_CALL_BLOCKS = 64
+_MERGE_BLOCKS = 8
+# Calls that read what is shared, one on each stream.
+_READERS = 2
 # Windows begin where their sequences happen to be: looked for is what a few blocks hold in common
 # from a multiple of this on.
 _STRETCH = 4
@@ -76,7 +79,7 @@ def _groups(alike: np.ndarray) -> list[tuple[int, int, int]]:
     for end in range(2, len(best)):
         # Of groups of two, three and more sequences.
         common = np.minimum.accumulate(alike[end - 2 :: -1])
-        saved = best[end - 2 :: -1] + common * np.arange(1, end) - _CALL_BLOCKS
+        saved = best[end - 2 :: -1] + _saved(common, np.arange(2, end + 1))
         most = int(saved.argmax())
         saves = saved[most] > best[end - 1]
         best[end] = saved[most] if saves else best[end - 1]
@@ -88,6 +91,11 @@ def _groups(alike: np.ndarray) -> list[tuple[int, int, int]]:
             groups.append((begin, end, blocks))
         end = begin
     return groups
+
+
+def _saved(blocks: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    """Blocks that need not be read if so many sequences share so many, less what that costs."""
+    return (blocks - _MERGE_BLOCKS) * (sequences - _READERS) - _CALL_BLOCKS
 
 
 def without(tables: np.ndarray, runs: list[Run]) -> np.ndarray:

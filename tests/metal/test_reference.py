@@ -298,6 +298,13 @@ def shared_keys(case: Case, **changes) -> list[int]:
     return [span.cost for span in levels[0].spans] if len(levels) > 1 else []
 
 
+def worth(monkeypatch, least: int) -> None:
+    """Lets whatever is shared save the reading of so many blocks."""
+    monkeypatch.setattr(
+        cascade, "_saved", lambda blocks, sequences: blocks * (sequences - 1) - least + 1
+    )
+
+
 def prefixed(rng, count: int, blocks: int, *, chunks: int = 0, **options) -> Case:
     """Sequences that begin with the same blocks and go on by some tokens each, in any order."""
     more = rng.integers(1, 60, count).tolist()
@@ -320,7 +327,7 @@ def test_what_sequences_share_is_read_once():
 @pytest.mark.parametrize("window", [None, 90, 300, 1000])
 @pytest.mark.parametrize("kind", ["decode", "chunk", "mixed"])
 def test_shared_blocks_are_attended_as_the_definition_says(monkeypatch, kind, window):
-    monkeypatch.setattr(cascade, "_CALL_BLOCKS", 1)
+    worth(monkeypatch, 1)
     rng = np.random.default_rng([len(kind), window or 0])
     for _ in range(12):
         count = int(rng.integers(2, 9))
@@ -336,7 +343,7 @@ def test_shared_blocks_are_attended_as_the_definition_says(monkeypatch, kind, wi
 @pytest.mark.parametrize("window, keys", [(None, 320), (400, 320), (200, 128), (100, 64), (40, 0)])
 def test_only_what_every_window_holds_entirely_is_shared(monkeypatch, window, keys):
     """Contexts end anywhere, so windows begin within a block, or in different ones."""
-    monkeypatch.setattr(cascade, "_CALL_BLOCKS", 1)
+    worth(monkeypatch, 1)
     rng = np.random.default_rng(1)
     case = make(rng, [(n, 1) for n in (330, 335, 341)], window=window, heads=(2, 2, 16, 32))
     share(case, [0, 1, 2], 0, 20)
@@ -349,7 +356,8 @@ def test_only_what_every_window_holds_entirely_is_shared(monkeypatch, window, ke
 
 
 @only_on_a_cpu
-def test_several_prefixes_are_shared_by_sequences_that_do_not_stand_together():
+def test_several_prefixes_are_shared_by_sequences_that_do_not_stand_together(monkeypatch):
+    worth(monkeypatch, 32)
     rng = np.random.default_rng(2)
     sizes = [(700 + 3 * i, 1) for i in range(12)] + [(640 + 5 * i, 5) for i in range(3)]
     for sinks in (False, True):
@@ -364,7 +372,8 @@ def test_several_prefixes_are_shared_by_sequences_that_do_not_stand_together():
 
 
 @only_on_a_cpu
-def test_what_is_nested_is_shared_where_that_saves_the_most():
+def test_what_is_nested_is_shared_where_that_saves_the_most(monkeypatch):
+    worth(monkeypatch, 32)
     rng = np.random.default_rng(3)
     for together, saved_by_all in ((40, True), (12, False)):
         case = make(rng, [(1000, 1)] * 6 + [(650, 1)] * 2, heads=(1, 2, 16, 16))
@@ -413,10 +422,13 @@ def test_a_block_in_common_is_not_shared_in_another_place():
 
 @only_on_a_cpu
 def test_a_little_in_common_is_not_worth_a_call():
-    case = make(np.random.default_rng(6), [(100, 1)] * 4, heads=(2, 2, 32, 32))
-    share(case, [0, 1, 2, 3], 0, 2)
-    assert shared_keys(case) == []
-    assert planned(case).places is None
+    for count, blocks in [(2, 60), (4, 20), (8, 12), (32, 6)]:
+        case = make(np.random.default_rng(6), [(1000, 1)] * count, heads=(1, 2, 16, 16))
+        share(case, list(range(count)), 0, blocks)
+        assert shared_keys(case) == []
+        assert planned(case).places is None
+    share(case, list(range(count)), 0, 20)
+    assert shared_keys(case)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -511,7 +523,7 @@ def test_sequences_that_share_at_random():
                     case.values[i][p] = case.v_pool[case.tables[i, p // 16], :, p % 16]
         for least in (1, 5, 40):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cascade, "_CALL_BLOCKS", least)
+                worth(patch, least)
                 assert_as_defined(case)
 
 
