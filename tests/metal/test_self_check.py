@@ -122,8 +122,8 @@ def test_one_forgotten_position_is_stopped(monkeypatch, which, family, dtype):
     """The first, the last but one, a row's own and the middle one, of 3 to 64 that a row reads."""
 
     def forgetful(starts, contexts, tables, block_size, window, heads):
-        spans = plan(starts, contexts, tables, block_size, window, heads)
-        for span in spans:
+        made = plan(starts, contexts, tables, block_size, window, heads)
+        for span in made.spans:
             rows, keys = span.rows.stop - span.rows.start, span.keys.stop - span.keys.start
             mask = np.array(span.mask) if isinstance(span.mask, mx.array) else None
             if mask is None and span.mask == "causal":
@@ -135,7 +135,7 @@ def test_one_forgotten_position_is_stopped(monkeypatch, which, family, dtype):
                 if len(readable) > 2:
                     row[readable[len(readable) // 2 if which == 1 / 2 else which]] = False
             span.mask = mx.array(mask)
-        return spans
+        return made
 
     monkeypatch.setattr(reference, "plan", forgetful)
     assert refused(family, dtype)
