@@ -120,27 +120,26 @@ def plan(
     runs = _common_runs(starts, contexts, tables, block_size, windows)
     if not runs:
         return Plan([Level(_own(starts, contexts, tables, block_size, windows, heads))])
+    return _cascade(runs, starts, contexts, tables, block_size, windows, heads)
+
+
+def _cascade(
+    runs: list[Run], starts, contexts, tables, block_size: int, windows, heads: int
+) -> Plan:
+    """Attends what is shared, and then the rest: as it would be if the runs weren't there, for all
+    keys in them are read. Contexts are shorter by them, and windows too."""
     shared, shared_rows = _shared(runs, starts, tables, block_size, heads)
-    # All of their rows read all keys of a run, so the rest is as if those weren't there: contexts
-    # are shorter by them, and so are windows.
-    contexts = contexts.copy()
+    cut = np.zeros_like(contexts)
     for run in runs:
-        contexts[run.sequences] -= run.length * block_size
-        if windows is not None:
-            windows[run.sequences] -= run.length * block_size
+        cut[run.sequences] = run.length * block_size
+    contexts, tables = contexts - cut, without(tables, runs)
     # Again the shortest first.
-    num_decoding = _num_decoding(starts)
+    count = _num_decoding(starts)
     order = np.arange(len(contexts))
-    order[:num_decoding] = np.argsort(contexts[:num_decoding], kind="stable")
-    own = _own(
-        starts,
-        contexts[order],
-        without(tables, runs)[order],
-        block_size,
-        None if windows is None else windows[order],
-        heads,
-    )
-    rows = np.concatenate([order[:num_decoding], np.arange(num_decoding, starts[-1])])
+    order[:count] = np.argsort(contexts[:count], kind="stable")
+    windows = None if windows is None else (windows - cut)[order]
+    own = _own(starts, contexts[order], tables[order], block_size, windows, heads)
+    rows = np.concatenate([order[:count], np.arange(count, starts[-1])])
     before = np.full(starts[-1], len(shared_rows))
     before[shared_rows] = np.arange(len(shared_rows))
     levels = [
@@ -178,7 +177,8 @@ def _shared(
         keys = run.length * block_size
         scores = (len(rows) - begin) * keys * heads
         count = -(-scores * _COPIES // MAX_SCORES)
-        count = max(count, streams if scores > _SCORES_TO_SPREAD else 1)
+        if scores > _SCORES_TO_SPREAD:
+            count = -(-count // streams) * streams
         blocks = mx.array(tables[run.sequences[:1], run.begin : run.end])
         spans += [
             Span(slice(*cut), blocks, slice(0, keys), None)
