@@ -506,6 +506,14 @@ def test_shared_keys_are_spread_over_streams(monkeypatch, count):
     assert_as_defined(case, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_what_serves_on_a_gpu_shares_nothing(monkeypatch, sinks):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    case = prefixed(np.random.default_rng(13), 8, 20, chunks=3, window=200, sinks=sinks)
+    assert shared_keys(case) == []
+    assert_as_defined(case)
+
+
 def test_sequences_that_share_at_random():
     rng = np.random.default_rng(11)
     for _ in range(20):
