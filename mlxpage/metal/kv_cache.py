@@ -63,7 +63,8 @@ class Forward:
     """The forward under way. Apart from the KVCache, because its layers see it too: if they led
     back to the KVCache, a dropped pool would stay until Python's collector ran."""
 
-    positions: mx.array | None = None  # (T,)
+    given: mx.array | None = None
+    """What stands for `positions` in a compiled forward."""
     start: int | None = None
     """The first position of a run: rows of one sequence, along the model's length axis."""
     steps: list[Step] = field(default_factory=list)  # one per cache group
@@ -71,6 +72,11 @@ class Forward:
     """Whether a layer gives its K and V, or only something that stands for them."""
     after: mx.array | None = None
     """What comes after every read of the forward before: no write may overtake it."""
+
+    @property
+    def positions(self) -> mx.array:
+        """(T,) of the rows. Asked for late, they may have come with other metadata."""
+        return self.steps[0].positions if self.given is None else self.given
 
 
 class LayerCache:
@@ -227,7 +233,7 @@ class KVCache:
             # MLX doesn't check: on a GPU this would be somebody else's memory.
             known = tables.min() >= 0 and tables.max() <= num_blocks
             assert known, "a table holds a block that the pool doesn't have"
-        self._forward.positions = mx.array(rows.positions)
+        self._forward.given = None
         self._forward.start = int(rows.positions[0]) if is_run else None
         self._forward.steps = [
             states.Step(rows, tables, self.block_size)
@@ -330,7 +336,7 @@ class KVCache:
 
     def put(self, arrays: list[mx.array], *, tracing: bool = False) -> None:
         """Puts others in the place of `inputs`: those of a trace, or the real ones again."""
-        self._forward.positions, self._forward.after, *arrays = arrays
+        self._forward.given, self._forward.after, *arrays = arrays
         for step in self._forward.steps:
             step.is_traced = tracing
         rest = iter(arrays)

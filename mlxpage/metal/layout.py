@@ -253,6 +253,14 @@ class Step:
         self._owners = owners
         self._fetched_tables: mx.array | None = None
         self._unread: dict[LayerSpec, tuple[mx.array, mx.array]] = {}
+        self._positions: mx.array | None = None
+
+    @property
+    def positions(self) -> mx.array:
+        """(T,) of the rows."""
+        if self._positions is None:
+            self._positions = mx.array(self.rows.positions)
+        return self._positions
 
     @property
     def fetched_tables(self) -> mx.array:

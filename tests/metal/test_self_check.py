@@ -230,7 +230,7 @@ def test_wrong_positions_are_stopped(monkeypatch, kind, dtype):
             positions = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
         else:
             positions[:] = 0
-        self._forward.positions = mx.array(positions)
+        self._forward.given = mx.array(positions)
 
     monkeypatch.setattr(KVCache, "begin", changed)
     assert refused("llama", dtype)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kernels.launch import Launch, at_least_8, floats, ints, launch, on_cuda
+from mlxpage.metal.kernels.launch import Launch, at_least_8, launch, on_cuda
 from mlxpage.metal.kernels.moving import pool_template
+from mlxpage.metal.kernels.upload import floats, ints
 from mlxpage.metal.kernels.work import Work, tiling
 from mlxpage.metal.layout import Blocks, PoolKind
 

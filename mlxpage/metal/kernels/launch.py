@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,22 +110,12 @@ def launch(name: str, template: dict, grid, threads: int, *outputs) -> Launch:
     return Launch(name, list(template.items()), grid, (threads, 1, 1), shapes, dtypes)
 
 
-@lru_cache(4096)
-def ints(*values: int) -> mx.array:
-    return padded(np.array(values, np.int32))
-
-
 def padded(array: np.ndarray) -> mx.array:
     """As an MLX array of at least 8 elements."""
     flat = array.reshape(-1)
     if flat.size < LEAST:
         flat = np.concatenate([flat, np.zeros(LEAST - flat.size, flat.dtype)])
     return mx.array(flat)
-
-
-@lru_cache(256)
-def floats(scale: float, softcap: float) -> mx.array:
-    return mx.array([scale, softcap] + [0.0] * (LEAST - 2), mx.float32)
 
 
 def at_least_8(array: mx.array) -> mx.array:

@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kernels.launch import LEAST, Launch, ints, one_thread_a_piece, padded
+from mlxpage.metal.kernels.launch import LEAST, Launch, one_thread_a_piece, padded
+from mlxpage.metal.kernels.upload import ints
 from mlxpage.metal.layout import Blocks, Format, PoolKind
 
 

@@ -12,6 +12,7 @@ from mlxpage.metal.kernels.attention import paged_attention
 from mlxpage.metal.kernels.chunks import Chunk, attend_chunk, plan_chunks
 from mlxpage.metal.kernels.launch import LEAST, padded
 from mlxpage.metal.kernels.moving import copy_blocks, gather, write
+from mlxpage.metal.kernels.upload import upload
 from mlxpage.metal.kernels.work import RunCost, Work, plan_work, run_cost
 from mlxpage.metal.layout import Attention, Blocks, LayerSpec, PoolKind
 
@@ -38,6 +39,15 @@ class Step(layout.Step):
         """While a function is compiled: metadata made now would stay what it is."""
 
     @property
+    def positions(self) -> mx.array:
+        if self._positions is None:
+            self._take_positions(*upload(self.rows.positions))
+        return self._positions
+
+    def _take_positions(self, padded: mx.array) -> None:
+        self._positions = padded[: len(self.rows.positions)]
+
+    @property
     def fetched_lengths(self) -> mx.array:
         """(T or 1, or more,) positions that each row, or a run, may read without a window."""
         if self._fetched_lengths is None:
@@ -51,7 +61,7 @@ class Step(layout.Step):
             self._refuse_when_traced("rows are written otherwise than they were before")
             blocks, positions = self.write_blocks[first:], self.rows.positions[first:]
             slots = blocks * self.block_size + positions % self.block_size
-            self._slots[first] = padded(slots.astype(np.int32))
+            (self._slots[first],) = upload(slots.astype(np.int32))
         return self._slots[first]
 
     def prepare(self, kind: PoolKind, attention: Attention) -> None:
@@ -85,14 +95,17 @@ class Step(layout.Step):
         if key not in self._work:
             self._refuse_when_traced("a layer attends otherwise than it did before")
             count, rows = self.rows.num_decoding, self.rows
-            self._work[key] = plan_work(
+            self._work[key] = work = plan_work(
                 rows.starts[: count + 1],
                 rows.contexts[:count],
                 self.tables[:count],
                 self.block_size,
                 *key,
                 self.run_length,
+                beside=(rows.positions,) if self._positions is None else (),
             )
+            if work.beside:
+                self._take_positions(*work.beside)
         return self._work[key]
 
     def _refuse_when_traced(self, why: str) -> None:

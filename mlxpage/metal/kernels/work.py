@@ -10,7 +10,8 @@ import numpy as np
 
 from mlxpage.errors import UnsupportedModel
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kernels.launch import ints, on_cuda, padded
+from mlxpage.metal.kernels.launch import on_cuda
+from mlxpage.metal.kernels.upload import ints, upload
 from mlxpage.metal.layout import Format, PoolKind, first_readable
 
 _NO_WINDOW = 2**30
@@ -106,7 +107,8 @@ class Work(NamedTuple):
     items: int
     partial_rows: int  # 0: each sequence's keys are one run, there is nothing to merge
     inputs: list[mx.array]  # block_tables, work, ints
-    merge_inputs: list[mx.array]  # owners, row_starts, partial_starts
+    merge_inputs: list[mx.array]  # owners, row_starts, partial_starts; none with nothing to merge
+    beside: list[mx.array]  # what was brought along
 
 
 def plan_work(
@@ -117,6 +119,7 @@ def plan_work(
     window: int | None,
     cost: RunCost,
     run_length: int | None = None,
+    beside: tuple[np.ndarray, ...] = (),
 ) -> Work:
     """Cuts the keys of sequences into runs, few but enough to fill the GPU.
 
@@ -128,6 +131,7 @@ def plan_work(
         cost: of a run.
         run_length: keys that a run has at most, but for the rest of a block; None is as many as
             take the least time.
+        beside: int32, flat, brought to the GPU along with the plan: once costs less than twice.
     """
     rows = np.diff(starts)
     first = first_readable(contexts - rows, block_size, window)
@@ -146,21 +150,18 @@ def plan_work(
     of_sequence = np.stack([starts[:-1], rows, contexts, np.zeros_like(rows)], axis=1)
     runs = np.stack([sequences, begins, ends, partials], axis=1)
     runs = np.concatenate([runs, of_sequence[sequences]], axis=1).astype(np.int32)[::-1]
+    is_split = len(runs) > len(contexts)
+    merged = [np.repeat(np.arange(len(contexts), dtype=np.int32), rows), starts, partial_starts]
+    arrays = upload(tables, runs, *(part.astype(np.int32) for part in merged if is_split), *beside)
+    last = len(arrays) - len(beside)
     return Work(
         rows=int(starts[-1]),
         max_rows=int(rows.max()),
         items=len(runs),
-        partial_rows=int(partial_starts[-1]) if len(runs) > len(contexts) else 0,
-        inputs=[
-            padded(tables),
-            padded(runs),
-            ints(tables.shape[1], window or _NO_WINDOW),
-        ],
-        merge_inputs=[
-            padded(np.repeat(np.arange(len(contexts), dtype=np.int32), rows)),
-            padded(starts),
-            padded(partial_starts.astype(np.int32)),
-        ],
+        partial_rows=int(partial_starts[-1]) if is_split else 0,
+        inputs=[*arrays[:2], ints(tables.shape[1], window or _NO_WINDOW)],
+        merge_inputs=arrays[2:last],
+        beside=arrays[last:],
     )
 
 
