@@ -116,12 +116,13 @@ def _mean_length(engine, batch) -> float:
 
 
 class _Parts:
-    """Times of what a step does on the host."""
+    """Times of what a step does on the host; of what calls another, all is the caller's."""
 
     def __init__(self, engine, model):
         from mlxpage.batch import Batch
 
         self.seconds: dict[str, list[float]] = {}
+        self._is_timing = False
         self._patched = [
             (engine.scheduler, "schedule", "schedule"),
             (Batch, "of", "batch"),
@@ -145,10 +146,15 @@ class _Parts:
         spent = self.seconds.setdefault(label, [])
 
         def timed(*args, **kwargs):
+            if self._is_timing:
+                return function(*args, **kwargs)
+            self._is_timing = True
             start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent.append(time.perf_counter() - start)
-            return result
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - start)
+                self._is_timing = False
 
         return timed
 
