@@ -22,6 +22,8 @@ class Step:
         starts, sequences = rows.contexts - counts, np.arange(len(counts))
         self.num_tokens = starts
         """(S,) that each state comes after."""
+        self.positions = mx.array(rows.positions)
+        """(T,) of the rows."""
         self.write_blocks = mx.array(_of(tables, sequences, (rows.contexts - 1) // block_size))
         self.read_blocks: mx.array | None = None
         """(S,), None if the sequence, which is alone then, begins here."""
