@@ -103,7 +103,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """Run language models on a Mac, many prompts at once, over a paged K/V cache.
 
-    MODEL is a folder, a model of the Hugging Face hub, or a demo model: smollm2-135m, gemma3-270m.
+    MODEL is a folder, a model of the Hugging Face hub, or a demo model: smollm2-135m,
+    smollm2-135m-4bit, gemma3-270m.
     """
 
 

@@ -26,6 +26,13 @@ def smollm2_folder():
 
 
 @pytest.fixture(scope="session")
+def smollm2_4bit_folder():
+    from mlxpage import model_store
+
+    return model_store.resolve("smollm2-135m-4bit")
+
+
+@pytest.fixture(scope="session")
 def gemma3_folder():
     from mlxpage import model_store
 

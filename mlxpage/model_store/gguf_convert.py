@@ -1,7 +1,7 @@
-"""A pinned GGUF file as an ordinary folder for mlx-lm, in float32.
+"""A pinned GGUF file as an ordinary folder for mlx-lm, in float32 or quantised as it is.
 
 The values are exactly those of the quantised weights. Only what the demo models need is here:
-the architectures llama and gemma3, with tied embeddings.
+the architectures llama and gemma3, with tied embeddings; quantised, matrices of Q4_1 and Q8_0.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxpage.model_store.gguf_blocks import GROUP_SIZE, repacked
 from mlxpage.model_store.gguf_tokenizer import build_tokenizer, tokenizer_config
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -33,44 +34,80 @@ class _Architecture:
     layer: Mapping[str, str]
     """GGUF's names of a layer's tensors beside those of every architecture -> mlx-lm's."""
     fix: Callable[[str, Any, Mapping], Any]
-    """(mlx-lm's name, float32 array, the file's metadata) -> array as mlx-lm has it."""
+    """(mlx-lm's name, array, the file's metadata) -> array as mlx-lm has it. Of a matrix, it may
+    get the codes, the scales and the biases instead: their rows are the matrix's."""
     config: Callable[[Mapping], dict]
 
 
-def convert(gguf_file: Path, folder: Path, generation: Mapping[str, object]) -> None:
+def convert(
+    gguf_file: Path, folder: Path, generation: Mapping[str, object], *, quantised: bool = False
+) -> None:
     """Writes config, weights and tokenizer into the empty `folder`.
 
-    `generation` is added to generation_config.json. Raises OSError when the disk is full.
+    `generation` is added to generation_config.json. `quantised` keeps the file's codes, and in
+    float16 the rest; else all is float32. Raises OSError when the disk is full.
     """
     import gguf
 
     reader = gguf.GGUFReader(gguf_file)
     metadata = {key: value.contents() for key, value in reader.fields.items()}
-    config = _config(metadata)
+    weights, config = _weights(reader.tensors, metadata, quantised)
+    config = _config(metadata) | config
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", tokens | dict(generation))
     _write_json(folder / "tokenizer_config.json", tokenizer_config(metadata))
     (folder / "tokenizer.json").write_text(build_tokenizer(metadata).to_str(pretty=True))
-    weights = folder / "model.safetensors"
-    _write_weights(weights, _weights(reader.tensors, metadata))
-    shutil.copymode(folder / "config.json", weights)  # safetensors makes it private
+    file = folder / "model.safetensors"
+    _write_weights(file, weights)
+    shutil.copymode(folder / "config.json", file)  # safetensors makes it private
 
 
-def _weights(tensors: Iterable, metadata: Mapping) -> dict[str, Any]:
-    """mlx-lm's name -> float32 array, of all of a GGUF file's tensors."""
-    import gguf
+def _weights(tensors: Iterable, metadata: Mapping, quantised: bool) -> tuple[dict, dict]:
+    """mlx-lm's name -> array, of all tensors of a GGUF file; and what config.json says of them."""
     import numpy as np
 
     architecture = _ARCHITECTURES[metadata["general.architecture"]]
-    weights = {}
+    weights, bits = {}, {}
     for tensor in tensors:
         name = _mlx_name(tensor.name, architecture.layer)
-        shape = [int(n) for n in reversed(tensor.shape)]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        values = architecture.fix(name, values.astype(np.float32, copy=False), metadata)
-        weights[name] = np.ascontiguousarray(values)
-    return weights
+        if quantised and len(tensor.shape) == 2:
+            stem = name.removesuffix(".weight")
+            affine = repacked(tensor.data, tensor.tensor_type.name)
+            bits[stem] = affine.bits
+            parts = {
+                name: affine.words,
+                f"{stem}.scales": affine.scales,
+                f"{stem}.biases": affine.biases,
+            }
+        else:
+            parts = {name: _values(tensor)}
+        for part, values in parts.items():
+            fixed = architecture.fix(name, values, metadata)
+            if quantised and fixed.dtype == np.float32:
+                fixed = fixed.astype(np.float16)
+            weights[part] = np.ascontiguousarray(fixed)
+    return weights, _quantisation(bits) if quantised else {"torch_dtype": "float32"}
+
+
+def _values(tensor):
+    """float32, in the shape that mlx-lm has."""
+    import gguf
+    import numpy as np
+
+    shape = [int(n) for n in reversed(tensor.shape)]
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    return values.astype(np.float32, copy=False)
+
+
+def _quantisation(bits: Mapping[str, int]) -> dict:
+    """config.json's part: 4 bits, but where a module, by its name, has others."""
+
+    def of(bits: int) -> dict:
+        return {"group_size": GROUP_SIZE, "bits": bits}
+
+    others = {module: of(n) for module, n in bits.items() if n != 4}
+    return {"torch_dtype": "float16", "quantization": of(4) | others}
 
 
 def _mlx_name(name: str, layer: Mapping[str, str]) -> str:
@@ -130,7 +167,6 @@ def _config(metadata: Mapping) -> dict:
         "bos_token_id": token("bos"),
         "eos_token_id": token("eos"),
         "pad_token_id": token("padding"),
-        "torch_dtype": "float32",
         **architecture.config(metadata | {"head_dim": head_dim}),
     }
 

