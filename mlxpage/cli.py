@@ -411,7 +411,7 @@ def _turn(llm, messages, line: str, params) -> list[dict[str, str]]:
 @click.option("--dtype", help="float32, float16 or bfloat16.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def info(model, memory, block_size, max_num_seqs, kv_bits, dtype, as_json):
-    """What this machine is, and how MODEL would fit into its memory.
+    """What this machine is, how MODEL would be served, and how it would fit into memory.
 
     No weights are loaded.
     """

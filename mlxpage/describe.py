@@ -1,4 +1,5 @@
-"""What `mlxpage info` tells: the machine, and how a model would fit, before weights are loaded."""
+"""What `mlxpage info` tells: the machine, how a model would be served, and how it would fit, before
+weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from typing import Any
 import mlxpage
 from mlxpage import model_store
 from mlxpage.arguments import KVBits, check_options, kv_bits_pair
-from mlxpage.metal import choice, self_check
+from mlxpage.metal import anatomy, choice, self_check
 from mlxpage.metal import memory as sizing
 from mlxpage.metal import model as models
 from mlxpage.metal.backend import BLAS, device
 from mlxpage.metal.layout import GroupKind, group_kinds
+from mlxpage.metal.model import Model
 
 
 def machine() -> dict[str, Any]:
@@ -65,20 +67,56 @@ def model(
             f"{sum(s.group == kind for s in loaded.specs)} layers {_named(kind)}"
             for kind in group_kinds(loaded.specs)
         ),
+        **structure(loaded, block_size),
         "context": f"{loaded.context_length:,} tokens" if loaded.context_length else "not stated",
         "vocabulary": f"{loaded.vocab_size:,} tokens",
         "K/V of a token": f"{sum(s.bytes_per_token for s in loaded.kv_specs):,} bytes",
         "sampling defaults": model_store.generation_defaults(folder) or "greedy",
     }
-    if (wanted := choice.wanted()).ops is not choice.REFERENCE.ops:
-        backend = choice.proven(wanted, lambda: self_check.check_kernels(loaded, block_size))
-        facts["backend for it"] = f"{backend.name} ({backend.why})"
     try:
         plan = sizing.plan(loaded, memory=memory, **options)
         facts["fits"] = plan.describe()
     except mlxpage.OutOfMemory as error:
         facts["fits"] = f"no: {error}"
     return facts
+
+
+def structure(loaded: Model, block_size: int = 16) -> dict[str, str]:
+    """How a model will be served, as far as its structure shows: its weights may be unread."""
+    why_not_rows = self_check.why_not_rows(loaded, block_size)
+    ends = ", and states at the ends of blocks" if loaded.state_specs else ""
+    return {
+        "attention": anatomy.attention_kinds(loaded.specs, loaded.config),
+        "step": "rows; the check at load decides"
+        if why_not_rows is None
+        else f"chunks or sequences, as the check at load decides: {why_not_rows}",
+        "backend for it": _backend(loaded, block_size, why_not_rows),
+        "prefix cache": f"of blocks of {block_size} tokens{ends}",
+        "kv_bits": _quantisable(loaded),
+    }
+
+
+def _backend(loaded: Model, block_size: int, why_not_rows: str | None) -> str:
+    reason = choice.why_no_kernels(loaded)
+    if reason or why_not_rows:
+        return f"reference, on a GPU too ({reason or 'kernels serve rows alone'})"
+    wanted = choice.wanted()
+    backend = choice.proven(wanted, lambda: self_check.check_kernels(loaded, block_size))
+    on_a_gpu = "; kernels serve it on a GPU" if device().kind == "cpu" else ""
+    return f"{backend.name} ({backend.why}{on_a_gpu})"
+
+
+def _quantisable(loaded: Model) -> str:
+    """Of what K and V can be kept in 8 or 4 bits."""
+    refusals = []
+    for which, bits in (("K and V", (8, 8)), ("V alone", (None, 8)), ("K alone", (8, None))):
+        try:
+            loaded.quantised_specs(*bits)
+        except mlxpage.UnsupportedModel as error:
+            refusals.append(str(error))
+        else:
+            return f"8 or 4, of {which}" + "".join(f": {reason}" for reason in refusals[:1])
+    return f"no: {refusals[0]}"
 
 
 def _named(kind: GroupKind) -> str:

@@ -147,6 +147,25 @@ def nested(caches: list, nesting: Nesting) -> list:
     ]
 
 
+def attention_kinds(specs: list[Spec], config: dict[str, Any]) -> str:
+    """What there is among a model's layers, such as "full, window and states" or "latent"."""
+    rank = (config | (config.get("text_config") or {})).get("kv_lora_rank")
+
+    def kind(spec: Spec) -> str:
+        if isinstance(spec, StateSpec):
+            return "states"
+        # Families that make heads of the latent before their cache keep several.
+        if spec.kv_heads == 1 and rank in (spec.k_head_dim, spec.v_head_dim):
+            return "latent"
+        return "full" if spec.window is None else "window"
+
+    found = {kind(spec) for spec in specs}
+    if "latent" in found:
+        found.discard("full")  # keys that choose the positions which latents are read of
+    *others, last = (name for name in ("latent", "full", "window", "states") if name in found)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def logits_of(module) -> tuple[int, mx.Dtype]:
     logits = module(mx.zeros((1, 1), mx.int32))
     return logits.shape[-1], logits.dtype

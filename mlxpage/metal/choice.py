@@ -64,6 +64,16 @@ def proven(backend: Backend, prove: Callable[[], None]) -> Backend:
     return Backend(backend.name, kernels, f"{backend.why}; the kernels passed their check")
 
 
+def why_no_kernels(model: Model) -> str | None:
+    """Why the reference serves a model on a GPU too, by what its layers keep. That it doesn't take
+    tokens as rows is another reason."""
+    if model.state_specs:
+        return f"{model.family} keeps states, which no kernel updates yet"
+    if not all(spec.v_head_dim for spec in model.kv_specs):
+        return f"{model.family} keeps K without V, which no kernel writes yet"
+    return None
+
+
 def checked(
     model: Model, block_size: int, name: str | None, on_status: Callable[[str], None] | None
 ) -> Backend:
@@ -74,10 +84,8 @@ def checked(
     """
 
     def prove() -> None:
-        if model.state_specs:
-            raise UnsupportedModel(f"{model.family} keeps states, which no kernel updates yet")
-        if not all(spec.v_head_dim for spec in model.kv_specs):
-            raise UnsupportedModel(f"{model.family} keeps K without V, which no kernel writes yet")
+        if reason := why_no_kernels(model):
+            raise UnsupportedModel(reason)
         self_check.check(model, block_size, backend=kernels)
         if model.shape is not Shape.ROWS:
             raise UnsupportedModel(model.why_not_rows)

@@ -16,7 +16,7 @@ from mlxpage.metal import anatomy, reference, seam
 from mlxpage.metal.backend import device, mlx_lm_utils, mx
 from mlxpage.metal.compiled import Compiled
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import LayerSpec, Rows, Shape, StateSpec
+from mlxpage.metal.layout import LayerSpec, Rows, Shape, Spec, StateSpec
 
 
 class Model:
@@ -53,11 +53,15 @@ class Model:
 
         Raises UnsupportedModel for head sizes that can't be quantised, and if there are none.
         """
+        self.specs = self.quantised_specs(k_bits, v_bits)
+
+    def quantised_specs(self, k_bits: int | None, v_bits: int | None) -> list[Spec]:
+        """The `specs` that `quantise_cache` makes, or its error."""
         if (k_bits or v_bits) and not self.kv_specs:
             raise UnsupportedModel(
                 f"{self.family} keeps no K and V that could be quantised: leave kv_bits out"
             )
-        self.specs = [spec.quantised(k_bits, v_bits) for spec in self.specs]
+        return [spec.quantised(k_bits, v_bits) for spec in self.specs]
 
     @property
     def kv_specs(self) -> list[LayerSpec]:

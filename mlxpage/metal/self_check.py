@@ -101,8 +101,7 @@ def check(
     refusals: list[str] = []  # not the errors, which hold the pools that they were raised over
     model.why_not_rows = None
     if model.state_specs:
-        # Rows of a sequence in one batch would each go on from the state before all of them.
-        model.why_not_rows = f"{model.family} keeps states, which need whole chunks"
+        model.why_not_rows = _why_states_need_chunks(model)
         ways = [way for way in ways if way[0] is not Shape.ROWS]
     for model.shape, model.fetches in ways:
         try:
@@ -127,6 +126,39 @@ def check(
         what = f"{model.family} computes otherwise over quantised blocks"
         _compare(what, ours.logits, theirs.logits, allowed)
         _compare_held(model.specs, ours.held(prompts), theirs.held(prompts))
+
+
+def why_not_rows(model: Model, block_size: int) -> str | None:
+    """Why `check` won't find that the model takes each token as a row of its own, as far as a
+    forward shows that nobody evaluates: it needs no weights. None: it may find that."""
+    if model.state_specs:
+        return _why_states_need_chunks(model)
+    try:
+        with _refusing(f"{model.family} can't take tokens as rows"):
+            _check_every_layer_attends(model, _after_a_lazy_forward(model, block_size))
+    except UnsupportedModel as error:
+        return str(error)
+    return None
+
+
+def _why_states_need_chunks(model: Model) -> str:
+    # Rows of a sequence in one batch would each go on from the state before all of them.
+    return f"{model.family} keeps states, which need whole chunks"
+
+
+def _after_a_lazy_forward(model: Model, block_size: int) -> KVCache:
+    """A cache in which the model has had rows of two sequences. Nothing is evaluated."""
+    num_groups = len(group_kinds(model.specs))
+    cache = KVCache(model.specs, [2] * num_groups, block_size)
+    # Seven rows: with as many as there are heads, what doesn't fit could pass by chance.
+    prompts = [np.zeros(count, np.int32) for count in (1, 6)]
+    previous = model.cache
+    model.bind(cache)
+    try:
+        model(_rows(prompts, [[1], [2]], [(0, 1), (0, 6)], num_groups))
+    finally:
+        model.bind(previous)
+    return cache
 
 
 def _compare(what: str, ours: list[np.ndarray], theirs: list[np.ndarray], allowed: float) -> None:
@@ -239,7 +271,7 @@ def _paged(
             logits = model(_rows(prompts, tables, spans, len(groups)))
             mx.eval(logits, cache.written())
             if step == 0 and model.shape is Shape.ROWS:
-                _check_every_layer_attends(model)
+                _check_every_layer_attends(model, cache)
         return _Paged(list(np.array(logits.astype(mx.float32))), cache, tables)
     finally:
         model.bind(previous)
@@ -277,8 +309,8 @@ def _rows(prompts, tables, spans, num_groups: int) -> Rows:
     )
 
 
-def _check_every_layer_attends(model: Model) -> None:
-    aside = [i for i, layer in enumerate(model.cache.layers) if layer.num_attended == 0]
+def _check_every_layer_attends(model: Model, cache: KVCache) -> None:
+    aside = [i for i, layer in enumerate(cache.layers) if layer.num_attended == 0]
     if aside:
         raise UnsupportedModel(
             f"{model.family} changes K and V after its cache (layers {aside[:8]}), "
@@ -350,14 +382,8 @@ def _narrowed(spec: LayerSpec, attention: Attention) -> tuple[LayerSpec, Attenti
 
 
 def _attentions(model: Model, block_size: int) -> list[tuple[LayerSpec, Attention]]:
-    """(spec, how the model attends) of each layer, as a forward of one token shows."""
-    cache = KVCache(model.specs, [1] * len(group_kinds(model.specs)), block_size)
-    previous = model.cache
-    model.bind(cache)
-    try:
-        model(_rows([np.zeros(1, np.int32)], [[1]], [(0, 1)], len(cache.kinds)))
-    finally:
-        model.bind(previous)
+    """(spec, how the model attends) of each layer."""
+    cache = _after_a_lazy_forward(model, block_size)
     if any(layer.attention is None for layer in cache.layers):
         raise UnsupportedModel(f"{model.family} attends by itself: it reads K and V as arrays")
     return [(layer.spec, layer.attention) for layer in cache.layers]

@@ -6,10 +6,13 @@ import sys
 import click
 import pytest
 import tiny_folder as tiny
+from families import zoo
 
 import mlxpage
 from mlxpage import cli as command_line
+from mlxpage import describe
 from mlxpage.block_store import BlockStore
+from mlxpage.metal.model import Model
 
 GREEDY = ("--temp", "0", "-n", "6")
 
@@ -349,6 +352,52 @@ def test_info_tells_of_a_model_and_how_it_fits(cli, tiny_folder):
     assert facts["context"] == "512 tokens"
     assert facts["fits"].startswith("pool ")
     assert facts["model"] == str(tiny_folder)
+
+
+def test_info_tells_how_a_model_will_be_served(cli, tiny_folder):
+    facts = json.loads(cli("info", tiny_folder, "--json").out)
+    assert facts["attention"] == "full"
+    assert facts["step"] == "rows; the check at load decides"
+    assert "on a GPU too" not in facts["backend for it"]
+    assert facts["prefix cache"] == "of blocks of 16 tokens"
+    assert facts["kv_bits"].startswith("no: K has heads of 16 elements")
+
+
+CHUNKS = "chunks or sequences, as the check at load decides: "
+STRUCTURES = [
+    ("gemma3n", "full and window", "rows; ", ""),
+    ("gemma2", "full", CHUNKS + "gemma2 can't take tokens as rows: ", "kernels serve rows alone"),
+    ("deepseek_v3", "latent", CHUNKS + "deepseek_v3 changes K and V", "kernels serve rows alone"),
+    ("deepseek_v32", "latent", CHUNKS, "kernels serve rows alone"),
+    ("minimax_m3_vl", "full", CHUNKS, "keeps K without V, which no kernel writes yet"),
+    ("baichuan_m1", "full, window and states", CHUNKS, "which no kernel updates yet"),
+    ("mamba", "states", CHUNKS + "mamba keeps states", "which no kernel updates yet"),
+]
+
+
+@pytest.mark.parametrize("family, attention, step, no_kernels", STRUCTURES)
+def test_info_foresees_how_families_are_served(family, attention, step, no_kernels):
+    # Its keys that choose have no size of a latent, as in real ones.
+    changes = {"index_head_dim": 64} if family == "deepseek_v32" else {}
+    facts = describe.structure(Model(*zoo.make(family, **changes)))
+    assert facts["attention"] == attention
+    assert facts["step"].startswith(step)
+    assert facts["backend for it"].startswith("reference, on a GPU too (") == bool(no_kernels)
+    assert no_kernels in facts["backend for it"]
+    assert ("states" in facts["prefix cache"]) == ("states" in attention)
+
+
+@pytest.mark.parametrize(
+    "family, changes, found",
+    [
+        ("llama", {"head_dim": 32}, "8 or 4, of K and V"),
+        ("minicpm3", {}, "8 or 4, of K alone: V has heads of 16 elements"),
+        ("llama", {}, "no: K has heads of 16 elements"),
+        ("mamba", {}, "no: mamba keeps no K and V"),
+    ],
+)
+def test_info_says_what_can_be_kept_in_few_bits(family, changes, found):
+    assert describe.structure(Model(*zoo.make(family, **changes)))["kv_bits"].startswith(found)
 
 
 def test_info_tells_of_a_model_that_does_not_fit(cli, tiny_folder):

@@ -59,13 +59,14 @@ def test_every_key_of_the_json_is_explained(cli, tiny_folder):
 
     def explained(value) -> None:
         for key, inner in value.items():
-            assert f"`{key}`" in text or key in record["versions"], key
+            assert f"`{key}`" in text or key in record.get("versions", {}), key
             inner = inner[0] if isinstance(inner, list) else inner
             if isinstance(inner, dict):
                 explained(inner)
 
-    record = json.loads(cli("generate", tiny_folder, "hello", "-n", "2", "--json").out)
-    explained(record)
+    for command in (["generate", tiny_folder, "hello", "-n", "2"], ["info", tiny_folder]):
+        record = json.loads(cli(*command, "--json").out)
+        explained(record)
 
 
 def test_every_exit_code_is_explained():

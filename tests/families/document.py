@@ -11,7 +11,7 @@ from families import zoo
 from families.configs import VARIANTS
 from families.outcomes import NEED_METAL, REFUSALS, SHAPES
 
-from mlxpage.metal.layout import Shape
+from mlxpage.metal import anatomy
 from mlxpage.metal.model import Model
 
 _HEAD = """\
@@ -35,6 +35,8 @@ is loaded is checked once more on its own weights, and refused if it isn't right
 - **States**: of recurrences, convolutions and the like. They lie in blocks of a pool as K and V do:
   a prompt that begins alike goes on from the state at the end of a block.
 - All have a prefix cache, forks, preemption and blocks on disk.
+
+`mlxpage info MODEL` says it of one model before its weights are loaded.
 """
 
 
@@ -66,22 +68,7 @@ def _row(case: str) -> list[str]:
 
 def _attention(case: str) -> str:
     module, config = zoo.make(case)
-    model = Model(module, config)
-    windowed = [spec.window is not None for spec in model.kv_specs]
-    parts = []
-    if _is_latent(config) and SHAPES[case] is Shape.CHUNKS:
-        parts.append("latent")
-    elif not all(windowed):
-        parts.append("full")
-    if any(windowed):
-        parts.append("window")
-    if model.state_specs:
-        parts.append("states")
-    return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
-
-
-def _is_latent(config: dict) -> bool:
-    return "kv_lora_rank" in config | (config.get("text_config") or {})
+    return anatomy.attention_kinds(Model(module, config).specs, config)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,16 @@ def test_a_family_generates_what_mlx_lm_generates_or_is_refused(case):
     assert engine.scheduler.num_preemptions > 0
 
 
+# Rows compute, and something else: numbers alone show it.
+_LOOK_LIKE_ROWS = {"afm7"}
+
+
+@pytest.mark.parametrize("case", [case for case in SHAPES if case not in NEED_METAL])
+def test_whether_a_family_takes_rows_shows_before_its_weights_are_there(case):
+    reason = self_check.why_not_rows(Model(*zoo.make(case)), 16)
+    assert (reason is None) == (SHAPES[case] is Shape.ROWS or case in _LOOK_LIKE_ROWS), reason
+
+
 # In one forward all are alike.
 @of_cases(case for case, shape in SHAPES.items() if shape is not Shape.ROWS)
 def test_prompts_that_begin_alike_share_blocks_and_branch(case):

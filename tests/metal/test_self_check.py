@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import numpy as np
 import odd_models
 import pytest
+import tiny_folder
 import tiny_models
 from mlx.utils import tree_flatten
 
 from mlxpage.errors import InvalidModel, OutOfMemory, UnsupportedModel
+from mlxpage.metal import model as models
 from mlxpage.metal import reference, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, LayerCache
@@ -367,3 +370,12 @@ def test_a_model_that_reads_its_k_besides_gets_the_real_one(monkeypatch):
     monkeypatch.setattr(llama, "scaled_dot_product_attention", with_first_key)
     self_check.check(model, 16)
     assert model.fetches
+
+
+def test_how_a_model_takes_tokens_shows_while_its_weights_can_not_be_read(tmp_path):
+    folder = tiny_folder.make(tmp_path / "model")
+    model = models.load(folder, weights=False)
+    os.truncate(folder / "model.safetensors", 0)
+    assert self_check.why_not_rows(model, 16) is None
+    with pytest.raises(RuntimeError):
+        mx.eval(model.module.parameters())
