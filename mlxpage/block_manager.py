@@ -181,10 +181,11 @@ class BlockManager:
             return False
         return True
 
-    def end_of_chunk(self, start: int, end: int) -> int:
-        """Where a chunk from position `start` ends, that may go as far as `end`."""
+    def end_of_chunk(self, start: int, end: int, length: int) -> int:
+        """Where a chunk from position `start` ends, that may go as far as `end`, in a sequence of
+        `length` tokens."""
         for group in self._state_groups:
-            end = group.end_of_chunk(start, end)
+            end = group.end_of_chunk(start, end, length)
         return end
 
     def has_place(self, seq: Sequence, num_tokens: int) -> bool:

@@ -61,8 +61,8 @@ class CacheGroup:
         """Blocks to add before `num_tokens` positions have a place."""
         return -(-num_tokens // self.block_size) - len(table)
 
-    def end_of_chunk(self, start: int, end: int) -> int:
-        """Where a chunk from `start` that may end at `end` does end."""
+    def end_of_chunk(self, start: int, end: int, length: int) -> int:
+        """Where a chunk from `start` that may end at `end` does end, in a sequence so long."""
         return end
 
     def held(self, table: list[int]) -> int:
@@ -155,7 +155,8 @@ class StateGroup(CacheGroup):
     go on is to read the state after one token less, as if in a window of two.
 
     Between the ends of two chunks there are no checkpoints, and no blocks: NULL_BLOCK. So that what
-    is full is a checkpoint, chunks end where blocks do.
+    is full is a checkpoint, chunks end where blocks do; and before the last token, which those who
+    share all tokens compute again.
     """
 
     is_state = True
@@ -172,11 +173,12 @@ class StateGroup(CacheGroup):
     def missing(self, table: list[int], num_tokens: int) -> int:
         return int(super().missing(table, num_tokens) > 0)
 
-    def end_of_chunk(self, start: int, end: int) -> int:
+    def end_of_chunk(self, start: int, end: int, length: int) -> int:
         size = self.block_size
         if start % size:  # within its block, or that would be full without being a checkpoint
             return min(end, (start // size + 1) * size)
-        return end // size * size if end - start >= size else end
+        whole = min(end, length - 1) // size * size
+        return whole if whole > start else end
 
     def grow(self, table: list[int], num_tokens: int) -> None:
         blocks = self.pool.allocate(self.missing(table, num_tokens))

@@ -200,7 +200,7 @@ class Scheduler:
         if seq.is_scored:
             granted = min(granted, max(1, MAX_SCORED_TOKENS - schedule.num_scored_tokens))
         start = seq.num_computed_tokens
-        return self.blocks.end_of_chunk(start, start + granted) - start
+        return self.blocks.end_of_chunk(start, start + granted, seq.num_tokens) - start
 
     def _plan(self, schedule: Schedule, seq: Sequence, granted: int) -> None:
         if seq.is_scored:

@@ -34,22 +34,26 @@ def keys_of_states(world: World) -> int:
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "until"),
+    ("start", "end", "length", "until"),
     [
-        (0, 3, 3),
-        (0, 4, 4),
-        (0, 5, 4),
-        (0, 15, 12),
-        (4, 15, 12),
-        (12, 15, 15),
-        (5, 15, 8),
-        (5, 7, 7),
+        (0, 3, 3, 3),
+        (0, 4, 4, 4),
+        (0, 4, 5, 4),
+        (0, 5, 5, 4),
+        (0, 8, 8, 4),
+        (0, 8, 9, 8),
+        (4, 8, 8, 8),
+        (0, 15, 15, 12),
+        (4, 15, 20, 12),
+        (12, 15, 15, 15),
+        (5, 15, 15, 8),
+        (5, 7, 15, 7),
     ],
 )
-def test_chunks_end_where_blocks_do(start, end, until):
-    """Or within the block that they begin in."""
-    assert StateGroup(9, SIZE).end_of_chunk(start, end) == until
-    assert CacheGroup(9, SIZE).end_of_chunk(start, end) == end
+def test_chunks_end_where_blocks_do(start, end, length, until):
+    """Or within the block that they begin in; and a token before the end."""
+    assert StateGroup(9, SIZE).end_of_chunk(start, end, length) == until
+    assert CacheGroup(9, SIZE).end_of_chunk(start, end, length) == end
 
 
 def test_a_sequence_holds_the_state_that_it_reads_and_the_one_that_it_writes():
@@ -83,7 +87,7 @@ def test_a_shorter_prompt_is_found_where_a_chunk_of_the_longer_one_ended():
 def test_of_what_is_generated_only_the_last_states_are_kept():
     """Those after its last whole block and after its end, beside the prompt's."""
     world = make_world()
-    seq = run_one(world, alike(8, new=50))
+    seq = run_one(world, alike(9, new=49))
     assert keys_of_states(world) == 3
     again = Request(prompt=70, new=1, earlier=tuple(seq.token_ids))
     assert run_one(world, again).num_cached_tokens == 57
@@ -108,6 +112,15 @@ def test_forks_of_a_prompt_go_on_from_its_last_whole_block():
     shared = seq.block_tables[1][2]
     assert shared and all(child.block_tables[1] == [0, 0, shared] for child in children)
     world.run()
+
+
+@pytest.mark.parametrize("prompt", [15, 16, 17])
+def test_whoever_has_the_same_prompt_computes_at_most_a_block_of_it_again(prompt):
+    world = make_world()
+    world.add(alike(prompt, forks=5))
+    world.run()
+    run_one(world, alike(prompt))
+    assert world.num_computed <= prompt + 6 * SIZE
 
 
 def test_a_fork_between_two_steps_goes_on_from_the_very_token():
