@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxpage.block_store import BlockStore
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import Spec, StateSpec
+from mlxpage.metal.layout import Spec, StateSpec, group_nbytes
 from mlxpage.metal.model import Model
 from mlxpage.prefix_cache import PrefixCache
 from mlxpage.scheduler import Schedule
@@ -90,7 +90,7 @@ class DiskTier:
         # what is yet to be loaded, for somebody who was preempted meanwhile.
         loads = {load[:2] for load in schedule.loads}
         ahead = [each for each in prefixes.next_in_line(_LOOKED_AT) if each[:2] not in loads]
-        self._store(cache, [*evicted, *ahead[:_AT_ONCE]][: self._room(cache)])
+        self._store(cache, self._fitting([*evicted, *ahead[:_AT_ONCE]], cache))
 
     def store_some(self, prefixes: PrefixCache, cache: KVCache) -> bool:
         """Stores some of what is cached, as far as the queue has room for it, what was used last
@@ -108,25 +108,29 @@ class DiskTier:
         worth = self._worth_storing(prefixes, cache)
         left = worth[::-1]
         while left and self.store.may_write() and (rest := end - time.monotonic()) > 0:
-            if self._room(cache):
-                self._store_next(left, prefixes, cache)
-            else:
+            if not self._store_next(left, prefixes, cache):
                 self.store.flush(rest)
         self.store.flush(max(0.0, end - time.monotonic()))
         self.store.touch(_name(*each) for each in reversed(worth))
 
     def _store_next(
         self, left: list[tuple[int, bytes]], prefixes: PrefixCache, cache: KVCache
-    ) -> None:
-        """Takes from the end of `left` what can be stored at once."""
-        blocks, most = [], min(_AT_ONCE, self._room(cache))
-        while left and len(blocks) < most:
-            group, key = left.pop()
+    ) -> bool:
+        """Takes from the end of `left` what can be stored at once; False if the queue has no room
+        for the next of it."""
+        blocks, room, sizes = [], self.store.room(), _block_sizes(cache)
+        while left and len(blocks) < _AT_ONCE:
+            group, key = left[-1]
             block = prefixes.find(group, key)
             if block is not None and not self.keeps(group, key):
+                room -= sizes[group]
+                if room < 0:
+                    break
                 blocks.append((group, block, key))
+            left.pop()
         if not self._store(cache, blocks):
             left.clear()
+        return bool(blocks) or not left
 
     def _worth_storing(self, prefixes: PrefixCache, cache: KVCache) -> list[tuple[int, bytes]]:
         """What was used last first, as much as the store may hold: more would drive that out."""
@@ -141,10 +145,17 @@ class DiskTier:
             found.append((group, key))
         return found
 
-    def _room(self, cache: KVCache) -> int:
-        """How many blocks the queue takes. To read more of them would only cost time, and all that
-        is read at once is in memory until the last of it is written."""
-        return self.store.room() // max(_block_sizes(cache))
+    def _fitting(self, blocks: list[Found], cache: KVCache) -> list[Found]:
+        """Those that the queue takes. To read more would only cost time, and all that is read at
+        once is in memory until the last of it is written."""
+        fitting, room, sizes = [], self.store.room(), _block_sizes(cache)
+        if max(sizes) > self.store.queue_bytes:
+            return []
+        for each in blocks:
+            if sizes[each[0]] <= room:
+                room -= sizes[each[0]]
+                fitting.append(each)
+        return fitting
 
     def _store(self, cache: KVCache, blocks: list[Found]) -> bool:
         """False if a step under way has failed: who reads its results will tell, and nothing that
@@ -170,6 +181,11 @@ def _block_sizes(cache: KVCache) -> list[int]:
 
 def _name(group: int, key: bytes) -> bytes:
     return bytes([group]) + key
+
+
+def queue_bytes(model: Model, block_size: int, usual: int = 256_000_000) -> int:
+    """For a store's queue: as much as usual, or a block, for states of large models are larger."""
+    return max(usual, *group_nbytes(model.specs, block_size))
 
 
 # Of what blocks hold, and of how a model is run: to be raised when either changes.

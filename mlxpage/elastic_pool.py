@@ -9,7 +9,7 @@ from types import ModuleType
 from mlxpage.cache_group import CacheGroup, StateGroup
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import GroupKind, group_kinds
+from mlxpage.metal.layout import GroupKind, group_kinds, group_nbytes
 from mlxpage.metal.memory import Plan, gigabytes
 from mlxpage.metal.model import Model
 
@@ -25,10 +25,7 @@ class ElasticPool:
             _group(kind, start, plan.block_size, limit)
             for kind, start, limit in zip(kinds, plan.start, plan.num_blocks, strict=True)
         ]
-        self._block_nbytes = [
-            sum(sum(s.block_nbytes(plan.block_size)) for s in model.specs if s.group == kind)
-            for kind in kinds
-        ]
+        self._block_nbytes = group_nbytes(model.specs, plan.block_size)
         self.num_grown = self.num_shrunk = 0
         self.has_failed = False
         """Whether a pool could not grow, and is at its limit now: some requests may not fit."""

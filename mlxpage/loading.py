@@ -66,7 +66,8 @@ def load_engine(
     if before is None:
         return Engine(loaded, tokenizer, plan, **options, **limits)
     told = disk_tier.facts(loaded, before, plan.block_size)
-    store = BlockStore(disk[0], told, disk[1])  # closed with the engine
+    queue_bytes = disk_tier.queue_bytes(loaded, plan.block_size)
+    store = BlockStore(disk[0], told, disk[1], queue_bytes=queue_bytes)  # closed with the engine
     try:
         tier = disk_tier.DiskTier(store)
         return Engine(loaded, tokenizer, plan, tier=tier, **options, **limits)

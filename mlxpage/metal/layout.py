@@ -171,6 +171,14 @@ def group_kinds(specs: list[Spec]) -> list[GroupKind]:
     return list(dict.fromkeys(spec.group for spec in specs))
 
 
+def group_nbytes(specs: list[Spec], block_size: int) -> list[int]:
+    """Bytes of a block of all layers of each cache group."""
+    return [
+        sum(sum(spec.block_nbytes(block_size)) for spec in specs if spec.group == kind)
+        for kind in group_kinds(specs)
+    ]
+
+
 class Attention(NamedTuple):
     """How one layer attends."""
 

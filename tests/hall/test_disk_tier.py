@@ -14,14 +14,16 @@ import pytest
 import serving
 import tiny_folder
 import tiny_models
+from families import zoo
 
 from mlxpage.block_store import BlockStore, store
 from mlxpage.disk_tier import DiskTier
 from mlxpage.engine import Engine
 from mlxpage.metal import model as models
-from mlxpage.metal import reference
+from mlxpage.metal import reference, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.model import Model
 from mlxpage.model_store import fingerprint
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.text import Tokenizer
@@ -238,6 +240,24 @@ def test_a_full_queue_is_waited_for(tmp_path):
     )
     serve_and_end(served, [text()[:2000]])
     assert served._tier.store.stats()["written"] == 2000 // 16
+
+
+def test_large_states_leave_the_queue_to_what_is_small(tmp_path):
+    """It has room for three states, or for a hundred blocks of K and V."""
+    model = Model(*zoo.make("falcon_h1", mamba_d_state=256))
+    self_check.check(model, 16)
+    large, small = (KVCache(model.specs, [1, 1], 16).block_nbytes(group) for group in range(2))
+    assert large > 30 * small
+    disk = BlockStore(tmp_path, {}, 10**9, queue_bytes=3 * large + large // 2)
+    limits = {"max_num_seqs": 1, "max_num_batched_tokens": 256}
+    served = serving.engine(model, num_blocks=40, tier=DiskTier(disk), **limits)
+    prompts = [text()[start : start + 500] for start in (0, 1000, 2000)]
+    for prompt in prompts:
+        serving.serve(served, [prompt], GREEDY)
+        disk.flush()
+    outputs = [serving.serve(served, [prompt], GREEDY)[0] for prompt in prompts]
+    assert min(output.num_cached_tokens for output in outputs) >= 256
+    disk.close()
 
 
 def test_nothing_is_read_that_a_full_queue_would_drop(tmp_path, monkeypatch):
