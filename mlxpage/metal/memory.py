@@ -21,8 +21,8 @@ DEFAULT_SHARE = 0.5
 DEFAULT_TOKENS_PER_SEQUENCE = 1024
 
 # States that a sequence may have: the one that it reads and the one that it writes, and as many
-# checkpoints. The blocks of K and V are there for so many tokens of each at least, or the states,
-# which may be a thousand times as large, would take all of the pool.
+# checkpoints. The blocks of K and V are there for so many tokens of each at least, and as large as
+# it is, or the states, which may be a thousand times as large, would take all of the pool.
 _STATES_PER_SEQUENCE = 4
 _TOKENS_PER_STATE = 128
 
@@ -134,25 +134,31 @@ def plan(
     weights = model.nbytes
     kinds = group_kinds(model.specs)
     is_fixed = num_blocks is not None
+    tokens_per_state = _tokens_per_state(model)
 
     def blocks(wanted: int) -> list[int]:
         return [of_kind(kind, wanted) for kind in kinds]
 
     def of_kind(kind: GroupKind, wanted: int) -> int:
         if kind.has_states:
-            most = _STATES_PER_SEQUENCE * max_num_seqs
-            for_tokens = most if is_fixed else wanted * block_size // _TOKENS_PER_STATE
-            return min(max(for_tokens, _STATES_PER_SEQUENCE), most)
+            return states(wanted)
         if kind.window is None:
             return wanted
         cap = _window_cap(kind.window, block_size, max_num_seqs, max_num_batched_tokens)
         return min(wanted, cap)
+
+    def states(wanted: int) -> int:
+        most = _STATES_PER_SEQUENCE * max_num_seqs
+        for_tokens = most if is_fixed else wanted * block_size // tokens_per_state
+        return min(max(for_tokens, _STATES_PER_SEQUENCE), most)
 
     def pool(wanted: int) -> int:
         return _pool_bytes(model.specs, blocks(wanted), block_size)
 
     def scratch(wanted: int) -> int:
         step = _scratch(model, wanted * block_size, max_num_seqs, max_num_batched_tokens)
+        # Every sequence of a forward has a block of its own for its state.
+        step += _state_scratch(model, min(max_num_seqs, states(wanted)))
         # While a pool grows no step is computed, and one of its arrays is there twice.
         return max(step, buffer(wanted))
 
@@ -187,7 +193,8 @@ def plan(
             f"the weights ({gigabytes(weights)}), a step's scratch ({gigabytes(scratch(wanted))}) "
             f"and a pool of {wanted:,} blocks need {gigabytes(need)}; the budget is "
             f"{gigabytes(budget)} of this machine's {gigabytes(machine.memory)}. Give it more "
-            f"(memory), take a smaller or quantised model, or lower max_num_batched_tokens."
+            f"(memory), take a smaller or quantised model, or lower max_num_batched_tokens or "
+            f"max_num_seqs."
         )
     start = num_blocks
     if not is_fixed:
@@ -213,6 +220,12 @@ def _largest(fits, upper: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _tokens_per_state(model: Model) -> int:
+    state = sum(sum(spec.block_nbytes(1)) for spec in model.state_specs)
+    of_token = sum(spec.bytes_per_token for spec in model.kv_specs if spec.window is None)
+    return max(_TOKENS_PER_STATE, state // of_token if of_token else 0)
 
 
 def _window_cap(
@@ -287,7 +300,11 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
         gathered += 2 * _LAYERS_AT_ONCE * context * heads * of_head * size
     else:
         scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES)
-    # Those of all layers, as they were, and of some as they become.
+    return activations + logits + 4 * scores + gathered
+
+
+def _state_scratch(model: Model, num_seqs: int) -> int:
+    """The states of so many sequences: those of all layers, as they were, and of some as they
+    become."""
     states = [sum(spec.block_nbytes(1)) for spec in model.state_specs]
-    states = max_num_seqs * (sum(states) + _LAYERS_AT_ONCE * max(states, default=0))
-    return activations + logits + 4 * scores + gathered + states
+    return num_seqs * (sum(states) + _LAYERS_AT_ONCE * max(states, default=0))

@@ -152,9 +152,19 @@ def test_weights_scratch_and_pool_stay_in_the_budget(family, budget, limits):
     for kind, blocks in zip(group_kinds(model.specs), plan.num_blocks, strict=True):
         if kind.has_states:
             most = 4 * limits["max_num_seqs"]
-            assert blocks == min(most, max(4, plan.tokens // 128))
+            assert blocks == min(most, max(4, plan.tokens // max(128, tokens_as_large(model))))
         else:
             assert blocks == full or blocks == cap(kind.window, **limits)
+
+
+def tokens_as_large(model: Model) -> int:
+    """As a state."""
+    kv = sum(spec.bytes_per_token for spec in model.kv_specs)
+    return bytes_of_state(model) // kv if kv else 0
+
+
+def bytes_of_state(model: Model) -> int:
+    return sum(array.nbytes for spec in model.state_specs for array in spec.kept)
 
 
 def longest(model: Model) -> int:
@@ -196,6 +206,25 @@ def test_without_a_budget_a_pool_is_no_larger_than_most_need(machine):
     assert plan.start == [(512 + 1024) // 16] and not plan.is_fixed
     # Or one whole context, if that's more.
     assert memory.plan(tiny("llama"), max_num_seqs=1).tokens == 4096
+
+
+def test_large_states_leave_half_of_a_pool_to_k_and_v():
+    model = made("falcon_h1", mamba_d_state=256)
+    state = bytes_of_state(model)
+    assert tokens_as_large(model) > 500
+    plan = memory.plan(model, memory=model.nbytes + 200 * 10**6)
+    num_states, num_blocks = plan.num_blocks
+    assert num_states > 8 and num_states * state <= plan.pool / 2
+    assert num_blocks * 16 > 30_000
+
+
+def test_a_step_has_no_more_states_than_the_pool():
+    """So a model with large ones needn't be loaded for fewer sequences."""
+    model = made("mamba2", ssm_state_size=2048)
+    others = 150 * 10**6  # activations, logits and scores
+    budget = model.nbytes + others + 50 * bytes_of_state(model)
+    plan = memory.plan(model, memory=budget, max_num_seqs=128)
+    assert 4 < plan.num_blocks[0] < 50
 
 
 def test_a_number_of_blocks_is_taken_as_given():
