@@ -55,10 +55,11 @@ def model(
     model_store.check_folder(folder)
     loaded = models.load(folder, dtype=dtype, weights=False)
     loaded.quantise_cache(*kv_bits_pair(kv_bits))
+    states = sum(sum(spec.block_nbytes(block_size)) for spec in loaded.state_specs)
     facts = {
         "model": str(folder),
         "family": loaded.family,
-        "layers": len(loaded.specs),
+        "layers": loaded.num_layers,
         "heads of K and V": ", ".join(
             sorted({f"{s.kv_heads} x {s.k_head_dim}" for s in loaded.kv_specs})
         )
@@ -71,6 +72,7 @@ def model(
         "context": f"{loaded.context_length:,} tokens" if loaded.context_length else "not stated",
         "vocabulary": f"{loaded.vocab_size:,} tokens",
         "K/V of a token": f"{sum(s.bytes_per_token for s in loaded.kv_specs):,} bytes",
+        "states of a sequence": f"{states:,} bytes" if states else "none",
         "sampling defaults": model_store.generation_defaults(folder) or "greedy",
     }
     try:

@@ -74,6 +74,10 @@ class Model:
         return [spec for spec in self.specs if isinstance(spec, StateSpec)]
 
     @property
+    def num_layers(self) -> int:
+        return len(getattr(self.module, "layers", self._nesting))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return sum(p.nbytes for p in _arrays(self.module))

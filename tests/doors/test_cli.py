@@ -7,11 +7,13 @@ import click
 import pytest
 import tiny_folder as tiny
 from families import zoo
+from families.configs import config
 
 import mlxpage
 from mlxpage import cli as command_line
 from mlxpage import describe
 from mlxpage.block_store import BlockStore
+from mlxpage.metal import choice
 from mlxpage.metal.model import Model
 
 GREEDY = ("--temp", "0", "-n", "6")
@@ -398,6 +400,19 @@ def test_info_foresees_how_families_are_served(family, attention, step, no_kerne
 )
 def test_info_says_what_can_be_kept_in_few_bits(family, changes, found):
     assert describe.structure(Model(*zoo.make(family, **changes)))["kv_bits"].startswith(found)
+
+
+def test_info_tells_of_a_model_with_states(tmp_path, monkeypatch):
+    """Beside K and V, in each of its layers; and what serves it on a GPU."""
+    folder = tiny.make(tmp_path / "model", **config("falcon_h1"))
+    on_a_gpu = choice.Backend("metal", choice.kernels, "")
+    monkeypatch.setattr(choice, "wanted", lambda name=None: on_a_gpu)
+    facts = describe.model(folder)
+    assert facts["layers"] == 3
+    assert facts["windows"] == "3 layers with states, 3 layers full"
+    assert facts["states of a sequence"] == "31,488 bytes"
+    assert "128 states" in facts["fits"]
+    assert "falcon_h1 keeps states, which no kernel updates yet" in facts["backend for it"]
 
 
 def test_info_tells_of_a_model_that_does_not_fit(cli, tiny_folder):
