@@ -11,7 +11,7 @@ from typing import Any
 from mlxpage.errors import InvalidRequest, OutOfMemory
 from mlxpage.metal import reference
 from mlxpage.metal.backend import device, mx
-from mlxpage.metal.layout import GroupKind, LayerSpec, Spec, group_kinds
+from mlxpage.metal.layout import GroupKind, LayerSpec, Spec, StateArray, group_kinds
 from mlxpage.metal.model import Model
 from mlxpage.sizes import gigabytes, in_bytes
 
@@ -36,6 +36,11 @@ _LOGIT_COPIES = 12
 _PROMPT_LOGIT_COPIES = 4
 _PIECES_AT_ONCE = 18
 _LAYERS_AT_ONCE = 3
+# Chunks update states by way of a matrix of each head, this many tokens at a time and in so many
+# copies; or by way of the states of all tokens, in some families.
+_STATE_PIECE = 256
+_COPIES_OF_A_PIECE, _MOST_COPIES = 3, 20
+_STATES_OF_EACH_TOKEN = {"jamba": 14}
 # Of an element, while `mx.dequantize` makes it of a code on a CPU.
 _UNPACKING_BYTES = 10
 # Rows of a step whose prompt log-probabilities are asked for, beside one of each sequence.
@@ -279,7 +284,8 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
     config = model.config | (model.config.get("text_config") or {})
     hidden = _first(config, "hidden_size", "hidden_dim", "n_embd", "d_model") or 4096
     widths = config.get("intermediate_size") or 0  # of each layer, in some families
-    wide = max(*(widths if isinstance(widths, list) else [int(widths)]), 4 * hidden)
+    inner = max((array.shape[-1] for array in _state_arrays(model)), default=0)
+    wide = max(*(widths if isinstance(widths, list) else [int(widths)]), 4 * hidden, 2 * inner)
     heads = _first(config, "num_attention_heads", "num_heads", "n_head", "n_heads") or 32
     rows = max_num_batched_tokens
     context = min(model.context_length or 2**17, tokens)
@@ -300,7 +306,21 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
         gathered += 2 * _LAYERS_AT_ONCE * context * heads * of_head * size
     else:
         scores = min(scores, _PIECES_AT_ONCE * reference.MAX_SCORES)
-    return activations + logits + 4 * scores + gathered
+    return activations + logits + max(4 * scores, _scratch_of_updates(model, rows)) + gathered
+
+
+def _state_arrays(model: Model) -> list[StateArray]:
+    return [array for spec in model.state_specs for array in spec.kept]
+
+
+def _scratch_of_updates(model: Model, rows: int) -> int:
+    """What it takes to update the states by a chunk."""
+    arrays = _state_arrays(model)
+    heads = max((array.shape[0] for array in arrays if len(array.shape) == 3), default=0)
+    copies = min(_MOST_COPIES, (1 + -(-rows // _STATE_PIECE)) * _COPIES_OF_A_PIECE)
+    of_tokens = _STATES_OF_EACH_TOKEN.get(model.family, 0) * rows
+    largest = max((array.nbytes for array in arrays), default=0)
+    return copies * heads * min(rows, _STATE_PIECE) ** 2 * 4 + of_tokens * largest
 
 
 def _state_scratch(model: Model, num_seqs: int) -> int:
