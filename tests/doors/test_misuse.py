@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_folder as tiny
+from families import configs as families
 
 from mlxpage import cli as command_line
 from mlxpage.metal.backend import mx
@@ -202,9 +203,6 @@ def of_family(**changes):
     return apply
 
 
-MAMBA = {"state_size": 8, "conv_kernel": 4, "time_step_rank": 4}
-MAMBA |= {"use_bias": False, "use_conv_bias": True, "intermediate_size": 128}
-
 MODELS = {
     "weights cut short": (weights(lambda data: data[:-100]), "truncated"),
     "weights cut in the header": (weights(lambda data: data[:50]), "truncated"),
@@ -239,9 +237,9 @@ MODELS = {
         config(model_type="frobnicator"),
         "no model of type 'frobnicator'",
     ),
-    "an architecture without a K/V cache": (
-        of_family(model_type="mamba", **MAMBA),
-        "mamba keeps its state in ArraysCache, which can't be paged",
+    "an architecture with a cache of its own kind": (
+        of_family(**families.config("deepseek_v41")),
+        "deepseek_v41 keeps what it has read in LayerCache, which can't be paged",
     ),
     "rotations that depend on the length": (
         of_family(rope_scaling={"type": "dynamic", "factor": 2.0}),
