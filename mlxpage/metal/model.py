@@ -92,6 +92,11 @@ class Model:
         """Why decode steps are built anew each time, if the model could not be compiled."""
         return self._compiled.error
 
+    def take_steps(self, shape: Shape, fetches: bool) -> None:
+        """Sets how, from now on. How many calls of attention reach the pool is open then."""
+        self.shape, self.fetches = shape, fetches
+        self._hooked = None
+
     def bind(self, cache: KVCache | None) -> None:
         self.cache = cache
         self._compiled = Compiled()

@@ -103,7 +103,8 @@ def check(
     if model.state_specs:
         model.why_not_rows = _why_states_need_chunks(model)
         ways = [way for way in ways if way[0] is not Shape.ROWS]
-    for model.shape, model.fetches in ways:
+    for way in ways:
+        model.take_steps(*way)
         try:
             with _refusing(f"{model.family} can't compute over a block pool"):
                 paged = _paged(model, plain, prompts, block_size, backend, rng).logits
@@ -149,7 +150,7 @@ def _why_states_need_chunks(model: Model) -> str:
 def _after_a_lazy_forward(model: Model, block_size: int) -> KVCache:
     """A cache in which the model has had rows of two sequences. Nothing is evaluated."""
     num_groups = len(group_kinds(model.specs))
-    cache = KVCache(model.specs, [2] * num_groups, block_size)
+    cache = KVCache(model.specs, [2] * num_groups, block_size, fetches=model.fetches)
     # Seven rows: with as many as there are heads, what doesn't fit could pass by chance.
     prompts = [np.zeros(count, np.int32) for count in (1, 6)]
     previous = model.cache
