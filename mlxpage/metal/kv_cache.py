@@ -6,6 +6,7 @@ import operator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Self
 
 import numpy as np
 
@@ -32,9 +33,9 @@ class Tagged(mx.array):
 
     tag: object = None
 
-    @staticmethod
-    def of(array: mx.array, tag: object) -> Tagged:
-        tagged = Tagged(array)
+    @classmethod
+    def of(cls, array: mx.array, tag: object) -> Self:
+        tagged = cls(array)
         tagged.tag = tag
         return tagged
 
@@ -52,6 +53,29 @@ for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"
     _in_place_gives_a_plain_array(_name)
 for _name in ("and_", "or_", "xor", "lshift", "rshift"):
     _in_place_gives_a_plain_array(_name)
+
+
+class TaggedV(Tagged):
+    """The V of a layer. If the model has it turned, `swapaxes(-1, -2)`, and multiplies queries by
+    that, the products are `Scores`: so latent attention begins."""
+
+    def swapaxes(self, *axes: int):
+        turned = super().swapaxes(*axes)
+        is_turned = sorted(axis % self.ndim for axis in axes) == [self.ndim - 2, self.ndim - 1]
+        return _TurnedV.of(turned, self.tag) if is_turned else turned
+
+
+class _TurnedV(Tagged):
+    def __rmatmul__(self, q: mx.array) -> mx.array:
+        scores = Scores.of(mx.matmul(q, self), self.tag)
+        scores.q = q
+        return scores
+
+
+class Scores(Tagged):
+    """Queries `q` times a layer's V."""
+
+    q: mx.array
 
 
 # Elements of a forward's result that stand for it; hidden states have as many at least.
@@ -133,6 +157,8 @@ class LayerCache:
             raise UnsupportedModel(
                 f"the model reads {window} positions in a layer whose cache keeps {kept}"
             )
+        if N == 1 and window is None and self.spec.may_be_latent and not self._forward.fetches:
+            return None  # as mlx-lm's caches do: what masks scores itself would make them unknown
         mask = self.step.mask(window, self._forward.positions)
         return Tagged.of(mask, MaskTag(self.step, window))
 
@@ -148,7 +174,7 @@ class LayerCache:
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         fetches = self._forward.fetches
         k, v = self.pool.fetch(self.step) if fetches else self.step.unread(self.spec)
-        return Tagged.of(k, self), Tagged.of(v, self)
+        return Tagged.of(k, self), TaggedV.of(v, self)
 
     def is_trimmable(self) -> bool:
         return False
@@ -164,6 +190,17 @@ class LayerCache:
         if not self.step.is_run:
             return self.pool.attend(self.step, q, window, scale, sinks)
         return self.pool.attend(self.step, q.swapaxes(0, 2), window, scale, sinks).swapaxes(0, 2)
+
+    def attend_latent(self, q: mx.array, q_v: mx.array, scale: float) -> mx.array:
+        """Where K are the values too, and V only more of what scores are made of, `scale * q @ K +
+        q_v @ V`: q (T, heads, 1, head_dim), q_v (T, heads, 1, value head_dim) -> as q. Or as
+        (1, heads, T, ...)"""
+        self.num_attended += 1
+        self.attention = Attention(q.shape[1], q.dtype, None, scale, False, is_latent=True)
+        if not self.step.is_run:
+            return self.pool.attend_latent(self.step, q, q_v, scale)
+        q, q_v = q.swapaxes(0, 2), q_v.swapaxes(0, 2)
+        return self.pool.attend_latent(self.step, q, q_v, scale).swapaxes(0, 2)
 
 
 class KVCache:

@@ -99,6 +99,11 @@ class LayerSpec:
     def bytes_per_token(self) -> int:
         return self.kv_heads * (self.k.nbytes + self.v.nbytes)
 
+    @property
+    def may_be_latent(self) -> bool:
+        """Whether K and V may be the two parts of a latent that all heads share."""
+        return self.window is None and self.kv_heads == 1 and self.k_head_dim != self.v_head_dim
+
     def block_nbytes(self, block_size: int) -> list[int]:
         """Bytes of a block in each of the layer's arrays."""
         return [block_size * self.kv_heads * part.nbytes for part in (self.k, self.v)]
@@ -187,6 +192,8 @@ class Attention(NamedTuple):
     window: int | None
     scale: float
     has_sinks: bool
+    is_latent: bool = False
+    """Whether it does as `LayerCache.attend_latent` says."""
 
 
 class Shape(Enum):

@@ -261,8 +261,8 @@ def _array_bytes(specs: list[Spec], num_blocks: list[int], block_size: int) -> I
 
 def _gathered_bytes(spec: LayerSpec) -> int:
     """Of a position: K and V as they were, and on a CPU what 16 bits become there, and the codes of
-    one of them on their way."""
-    plain = spec.quantised(None, None).bytes_per_token
+    one of them on their way. Those of latent attention become one."""
+    plain = spec.quantised(None, None).bytes_per_token * (2 if spec.may_be_latent else 1)
     if device().kind != "cpu":
         return plain
     codes = max(part.head_dim if part.bits else 0 for part in (spec.k, spec.v))

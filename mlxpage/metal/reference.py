@@ -403,8 +403,12 @@ def paged_attention(
     *,
     scale: float,
     sinks: mx.array | None = None,
+    q_v: mx.array | None = None,
 ) -> mx.array:
     """Attention of every row to the positions of its own sequence.
+
+    Latent attention, with `q_v`, has one head of K and V. Its values are K, and its scores are
+    `scale * q @ K + q_v @ V`.
 
     Args:
         q: (T, heads, head_dim), the rows in the order of the plan's arguments.
@@ -412,19 +416,24 @@ def paged_attention(
         plan: from `plan`.
         scale: factor of the scores.
         sinks: (heads,) a logit that takes part in each head's softmax without a value.
+        q_v: (T, heads, value head_dim), scaled already.
 
     Returns:
-        (T, heads, value head_dim)
+        (T, heads, value head_dim), of latent attention (T, heads, head_dim).
     """
+    dtype, is_latent = q.dtype, q_v is not None
+    if is_latent:
+        wide = mx.float32 if mx.default_device() == mx.cpu else dtype
+        q, scale = mx.concatenate([q.astype(wide) * scale, q_v.astype(wide)], axis=-1), 1.0
     before = start = None if sinks is None else Attended(None, sinks[None, :, None])
     parts: list[Attended] = []
     for level in plan.levels:
         rows = q if level.rows is None else q[level.rows]
         if level.before is not None:
             before = _joined(parts, start, level.before)
-        parts = _attend_spans(rows, blocks, level.spans, before, scale)
+        parts = _attend_spans(rows, blocks, level.spans, before, scale, is_latent)
     out = parts[0].values if len(parts) == 1 else mx.concatenate([part.values for part in parts])
-    out = out.astype(q.dtype)
+    out = out.astype(dtype)
     return out if plan.places is None else out[plan.places]
 
 
@@ -437,7 +446,7 @@ def _joined(parts: list[Attended], start: Attended | None, places: mx.array) -> 
     return Attended(mx.concatenate(values)[places], mx.concatenate(logits)[places])
 
 
-def _attend_spans(q, blocks, spans, before, scale) -> list[Attended]:
+def _attend_spans(q, blocks, spans, before, scale, is_latent) -> list[Attended]:
     parts = []
     tables, k, v = None, None, None  # whose K and V were gathered last
     for span in spans:
@@ -451,7 +460,7 @@ def _attend_spans(q, blocks, spans, before, scale) -> list[Attended]:
                 part = _attend_in_place(rows, blocks, indices, *rest)
             else:
                 if span.tables is not tables:
-                    tables, k, v = span.tables, *_gather_to_read(blocks, indices)
+                    tables, k, v = span.tables, *_gather_to_read(blocks, indices, is_latent)
                 part = _attend(rows, k[:, :, span.keys], v[:, :, span.keys], *rest)
             parts.append(Attended(*(_rows(each) for each in part)))
     return parts
@@ -467,8 +476,10 @@ def _rows(turned: mx.array) -> mx.array:
     return turned.swapaxes(1, 2).flatten(0, 1)
 
 
-def _gather_to_read(blocks, indices):
+def _gather_to_read(blocks, indices, is_latent):
     k, v = gather(blocks, indices)
+    if is_latent:
+        k, v = mx.concatenate([k, v], axis=-1), k
     if mx.default_device() == mx.cpu:
         # In 16 bits products are slow there, and scores would be rounded.
         k, v = k.astype(mx.float32), v.astype(mx.float32)
@@ -514,19 +525,22 @@ def _attend_in_place(q, blocks, indices, mask, before, scale) -> Attended:
     """As `_attend`, of the blocks at `indices` (S, kv_heads, M) where they lie: a small product for
     each, half the time on a CPU for few queries."""
     sequences, heads, rows, k_dim = q.shape
-    _, kv_heads, block_size, _ = blocks.k.shape
+    _, kv_heads, block_size, size = blocks.k.shape
     queries = mx.arange(sequences * kv_heads, dtype=mx.int32).reshape(sequences, kv_heads, 1)
-    scores = mx.gather_mm(
-        (q * scale).reshape(sequences * kv_heads, -1, k_dim),
-        blocks.k.flatten(0, 1).swapaxes(1, 2),
-        mx.broadcast_to(queries, indices.shape),
-        indices,
-    )  # (S, kv_heads, M, group * C, block_size)
+    q = (q * scale).reshape(sequences * kv_heads, -1, k_dim)
+
+    def products(q, pool):  # (S, kv_heads, M, group * C, block_size)
+        pool, which = pool.flatten(0, 1), mx.broadcast_to(queries, indices.shape)
+        return mx.gather_mm(q, pool.swapaxes(1, 2), which, indices)
+
+    scores, held = products(q[..., :size], blocks.k), blocks.v
+    if k_dim > size:  # of latent attention
+        scores, held = scores + products(q[..., size:], blocks.v), blocks.k
     scores = scores.swapaxes(2, 3).reshape(sequences, heads, rows, -1)
 
     def values(weights):
         weights = weights.reshape(sequences, kv_heads, -1, indices.shape[2], block_size)
-        parts = mx.gather_mm(weights.swapaxes(2, 3), blocks.v.flatten(0, 1), rhs_indices=indices)
+        parts = mx.gather_mm(weights.swapaxes(2, 3), held.flatten(0, 1), rhs_indices=indices)
         return parts.sum(axis=2).reshape(sequences, heads, rows, -1)
 
     return _weighed(scores, mask, before, values)
@@ -646,3 +660,10 @@ class Pool(layout.Pool):
         blocks = Blocks(self.k, self.v, self.kind)
         out = paged_attention(q.squeeze(2), blocks, plan, scale=scale, sinks=sinks)
         return out[:, :, None]
+
+    def attend_latent(self, step: Step, q: mx.array, q_v: mx.array, scale: float) -> mx.array:
+        """q (T, heads, 1, k_dim) and q_v (T, heads, 1, v_dim) -> (T, heads, 1, k_dim)"""
+        plan = step.plan(None, q.shape[1])
+        blocks = Blocks(self.k, self.v, self.kind)
+        q, q_v = q.squeeze(2), q_v.squeeze(2)
+        return paged_attention(q, blocks, plan, scale=scale, q_v=q_v)[:, :, None]

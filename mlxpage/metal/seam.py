@@ -8,7 +8,7 @@ the process goes to MLX's own function untouched.
 from __future__ import annotations
 
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kv_cache import LayerCache, MaskTag, Tagged
+from mlxpage.metal.kv_cache import LayerCache, MaskTag, Scores, Tagged, TaggedV
 
 _dense_attention = mx.fast.scaled_dot_product_attention
 
@@ -24,11 +24,21 @@ def is_installed() -> bool:
 
 
 def _attention(q, k, v, *args, scale=None, mask=None, sinks=None, **options):
-    layer = k.tag if type(k) is Tagged and type(v) is Tagged and v.tag is k.tag else None
+    layer = k.tag if type(k) is Tagged else None
     if isinstance(layer, LayerCache) and not args and not options:
-        # No mask for a single row and "causal" are what the rows' own positions say anyway.
-        own = isinstance(mask, str) or (mask is None and q.shape[2] == 1)
-        tag = MaskTag(layer.step, layer.step.window) if own else getattr(mask, "tag", None)
-        if isinstance(tag, MaskTag) and tag.step is layer.step:
-            return layer.attend(q, tag.window, scale, sinks)
+        if type(v) is TaggedV and v.tag is layer:
+            # No mask for a single row and "causal" are what the rows' own positions say anyway.
+            own = isinstance(mask, str) or (mask is None and q.shape[2] == 1)
+            tag = MaskTag(layer.step, layer.step.window) if own else getattr(mask, "tag", None)
+            if isinstance(tag, MaskTag) and tag.step is layer.step:
+                return layer.attend(q, tag.window, scale, sinks)
+        elif v is k and sinks is None and _is_latent(q, mask, layer):
+            return layer.attend_latent(q, mask.q, scale)
     return _dense_attention(q, k, v, *args, scale=scale, mask=mask, sinks=sinks, **options)
+
+
+def _is_latent(q: mx.array, mask, layer: LayerCache) -> bool:
+    """Whether the mask is nothing but scores of single rows that the layer's V takes part in."""
+    if type(mask) is not Scores or mask.tag is not layer or layer.step.window is not None:
+        return False
+    return q.shape[2] == 1 and mask.q.shape[:3] == q.shape[:3]

@@ -369,7 +369,7 @@ CHUNKS = "chunks or sequences, as the check at load decides: "
 STRUCTURES = [
     ("gemma3n", "full and window", "rows; ", ""),
     ("gemma2", "full", CHUNKS + "gemma2 can't take tokens as rows: ", "kernels serve rows alone"),
-    ("deepseek_v3", "latent", CHUNKS + "deepseek_v3 changes K and V", "kernels serve rows alone"),
+    ("deepseek_v3", "latent", "rows; ", ""),
     ("deepseek_v32", "latent", CHUNKS, "kernels serve rows alone"),
     ("minimax_m3_vl", "full", CHUNKS, "keeps K without V, which no kernel writes yet"),
     ("baichuan_m1", "full, window and states", CHUNKS, "which no kernel updates yet"),

@@ -54,15 +54,8 @@ WITH_STATES = [
 _OTHERWISE = {
     Shape.CHUNKS: [
         *WITH_STATES,
-        "deepseek_v3",
         "deepseek_v32",
-        "glm4_moe_lite",
         "glm_moe_dsa",
-        "kimi_k25",
-        "kimi_vl",
-        "longcat_flash",
-        "mistral3 of mistral4",
-        "mistral4",
         "plamo",
         "stablelm",
     ],

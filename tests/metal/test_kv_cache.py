@@ -6,6 +6,7 @@ import gc
 import itertools
 import operator
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from mlxpage.errors import UnsupportedModel
 from mlxpage.metal import kernels, kv_cache, layout, reference, seam, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, MaskTag, Tagged
-from mlxpage.metal.layout import GroupKind, LayerSpec, Rows
+from mlxpage.metal.layout import Attention, GroupKind, LayerSpec, Rows
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
@@ -409,6 +410,90 @@ def test_only_what_comes_untouched_from_one_layer_reads_the_pool():
     assert not attended(q, k, v, mask=stale)
 
 
+LATENT = LayerSpec(None, 1, 32, 16, mx.float32)
+
+
+@pytest.mark.parametrize("fetches", [False, True])
+def test_a_mask_of_scores_with_v_makes_it_latent_attention(fetches):
+    """And nothing that is like it. Unread K and V are NaN, which gets into all that reads them."""
+    rng = np.random.default_rng(4)
+    cache = filled(rng, [LATENT, LATENT], [40])
+    cache._forward.fetches = fetches
+    cache.begin(rows(SEQUENCES, [tables(rng, SEQUENCES, 40)]))
+    layer, other = cache.layers
+    count = len(layer.offset)
+    q, q_v = (
+        mx.array(rng.standard_normal((count, 4, 1, size)).astype(np.float32)) for size in (32, 16)
+    )
+    new = [mx.array(rng.standard_normal((count, 1, 1, size))) for size in (32, 16)]
+    k, v = layer.update_and_fetch(*(array.astype(mx.float32) for array in new))
+    other_k, other_v = other.keys_and_values()
+    mask = layer.make_mask(1, return_array=True)
+    assert (mask is None) is not fetches
+
+    def scores(v, axes=(-1, -2)):
+        return q_v @ v.swapaxes(*axes)
+
+    def attended(k, v, mask, q=q, **options) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask, **options)
+
+    seam.install()
+    cache._forward.fetches = True
+    gathered_k, gathered_v = (array * 1 for array in layer.keys_and_values())
+    real_mask = layer.make_mask(1)
+    by_hand = (q * 0.25) @ gathered_k.swapaxes(2, 3) + q_v @ gathered_v.swapaxes(2, 3)
+    by_hand = mx.softmax(mx.where(real_mask, by_hand, -mx.inf), axis=-1) @ gathered_k
+    cache._forward.fetches = fetches
+    for axes in ((-1, -2), (2, 3), (3, 2)):
+        before = layer.num_attended
+        out = attended(k, k, scores(v, axes))
+        assert layer.num_attended == before + 1 and other.num_attended == 0
+        assert layer.attention == Attention(4, mx.float32, None, 0.25, False, is_latent=True)
+        assert mx.abs(out - by_hand).max() < 1e-5
+
+    before = layer.num_attended
+    unlike = [
+        lambda: attended(k, k, scores(v) * 1),
+        lambda: attended(k, k, scores(v) + 0),
+        lambda: attended(k, k * 1, scores(v)),
+        lambda: attended(k * 1, k * 1, scores(v)),
+        lambda: attended(k, other_k, scores(v)),
+        lambda: attended(other_k, other_k, scores(v)),
+        lambda: attended(k, k, scores(other_v)),
+        lambda: attended(k, k, scores(v * 1)),
+        lambda: attended(k, k, mx.matmul(q_v, v.swapaxes(-1, -2))),
+        lambda: attended(k, k, mx.where(real_mask, scores(v), -1e30)),
+        lambda: attended(k, k, (q_v[:, :1] @ v.swapaxes(-1, -2))),
+        lambda: attended(k, k, scores(v), stream=mx.cpu),
+        lambda: attended(k, k, scores(v), sinks=mx.zeros(4)),
+        lambda: attended(k, k, real_mask),
+    ]
+    for call in unlike:
+        out = call()
+        assert layer.num_attended == before and other.num_attended == 0
+        assert mx.isnan(out).all() or fetches
+    changed = scores(v)
+    changed[0] = 0
+    attended(k, k, changed)
+    changed = scores(v)
+    changed += 1
+    attended(k, k, changed)
+    assert layer.num_attended == before
+    assert type(v.swapaxes(1, 2)) is mx.array and type(k.swapaxes(-1, -2)) is mx.array
+
+
+def test_only_what_may_be_latent_has_no_mask():
+    for spec in (FULL, WINDOWED, replace(LATENT, kv_heads=2), replace(LATENT, v_head_dim=32)):
+        layer, *_ = one_layer(spec)
+        layer._forward.fetches = False
+        assert layer.make_mask(1, return_array=True) is not None
+    layer, *_ = one_layer(LATENT)
+    layer._forward.fetches = False
+    assert layer.make_mask(1) is None
+    assert layer.make_mask(1, window_size=20).tag.window == 20
+    assert layer.make_mask(2) is not None
+
+
 def test_k_and_v_fetched_again_are_the_same():
     """Models whose later layers read an earlier layer's K and V ask for them a second time."""
     layer, _, _, k, v, _ = one_layer(FULL)
@@ -450,7 +535,7 @@ def test_no_step_costs_a_pool(family):
     assert most < pool / 4
 
 
-@pytest.mark.parametrize("family", ["stablelm", "deepseek_v3", "gemma2", "afm7"])
+@pytest.mark.parametrize("family", ["stablelm", "deepseek_v32", "gemma2", "afm7"])
 def test_no_step_in_several_forwards_costs_a_pool(family):
     model = Model(*zoo.make(family))
     self_check.check(model, 16)
@@ -477,18 +562,21 @@ def test_a_k_that_outlives_its_step_costs_a_pool(monkeypatch):
     assert most >= pool
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "deepseek_v3"])
 def test_no_tagged_array_outlives_its_step(monkeypatch, family):
-    model = tiny_models.make(family, vocab_size=128)
+    if family in tiny_models.CONFIGS:
+        model = tiny_models.make(family, vocab_size=128)
+    else:
+        model = Model(*zoo.make(family))
     made = []
-    of = Tagged.of
+    of = Tagged.of.__func__
 
-    def note(array, tag):
-        tagged = of(array, tag)
+    def note(kind, array, tag):
+        tagged = of(kind, array, tag)
         made.append(weakref.ref(tagged))
         return tagged
 
-    monkeypatch.setattr(Tagged, "of", staticmethod(note))
+    monkeypatch.setattr(Tagged, "of", classmethod(note))
 
     def none_left():
         assert made and not any(ref() is not None for ref in made)

@@ -290,7 +290,7 @@ def test_a_window_that_is_wider_than_its_cache_is_refused():
     [
         ("llama", Shape.ROWS, False),
         ("stablelm", Shape.CHUNKS, True),
-        ("deepseek_v3", Shape.CHUNKS, True),
+        ("deepseek_v3", Shape.ROWS, False),
         ("gpt_bigcode", Shape.SEQUENCES, True),
         ("afm7", Shape.SEQUENCES, True),
     ],

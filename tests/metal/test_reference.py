@@ -6,7 +6,7 @@ those, and whatever must not be read in it is huge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -287,6 +287,68 @@ def test_decoding_sequences_of_very_different_length_share_no_padding_to_speak_o
     read = sum(span.tables.size for span in plan.spans)
     assert read <= sum(-(-n // 16) for n in lengths.tolist()) + 64 * len(plan.spans)
     assert 1 < len(plan.spans) < len(lengths)
+
+
+# -- latent attention --
+
+
+def assert_latent_as_defined(case: Case, rng, dtype=mx.float32, tolerance=2e-5, bits=None):
+    """Scores are of K and V, values are K."""
+    q_v = rng.standard_normal((*case.q.shape[:2], case.values[0].shape[2])) / 4
+    parts = zip(case.keys, case.values, strict=True)
+    meant = replace(
+        case,
+        q=np.concatenate([case.q * case.scale, q_v], axis=-1),
+        keys=[np.concatenate(part, axis=-1) for part in parts],
+        values=case.keys,
+        scale=1.0,
+    )
+    pools = [mx.array(pool).astype(dtype) for pool in (case.k_pool, case.v_pool)]
+    blocks = Blocks.plain(*pools)
+    if bits:
+        formats = [Format(pool.shape[3], dtype, bits) for pool in pools]
+        held = map(quantised_blocks, pools, formats)
+        blocks = Blocks(*held, PoolKind(*case.k_pool.shape[1:3], *formats))
+    q, q_v = (mx.array(each.astype(np.float32)).astype(dtype) for each in (case.q, q_v))
+    out = reference.paged_attention(q, blocks, planned(case), scale=case.scale, q_v=q_v)
+    assert out.dtype == dtype
+    difference = np.abs(np.array(out.astype(mx.float32)) - defined(meant)).max()
+    assert difference < tolerance, f"{difference:.2g} {case}"
+
+
+@pytest.mark.parametrize("heads", [1, 4, 40])
+@pytest.mark.parametrize("kind", ["decode", "chunk", "mixed"])
+def test_latent_attention_is_what_its_definition_says(kind, heads):
+    rng = np.random.default_rng([len(kind), heads])
+    for k_dim, v_dim in ((64, 32), (32, 64), (8, 16), (128, 16)):
+        cases = sequences(rng, kind, 16)
+        assert_latent_as_defined(make(rng, cases, heads=(1, heads, k_dim, v_dim)), rng)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(mx.float16, 4e-3), (mx.bfloat16, 3e-2)])
+def test_latent_attention_of_16_bits_differs_by_rounding_only(dtype, tolerance):
+    rng = np.random.default_rng(2)
+    for heads in (4, 40):
+        cases = sequences(rng, "mixed", 16)
+        case = make(rng, cases, heads=(1, heads, 64, 32), garbage=6e4)
+        assert_latent_as_defined(case, rng, dtype, tolerance)
+
+
+def test_latent_attention_reads_quantised_blocks():
+    rng = np.random.default_rng(3)
+    case = make(rng, sequences(rng, "mixed", 16), heads=(1, 4, 64, 32), garbage=0)
+    assert_latent_as_defined(case, rng, tolerance=3e-2, bits=8)
+
+
+@pytest.mark.parametrize("kind", ["decode", "chunk", "mixed"])
+@pytest.mark.parametrize("heads", [4, 40])
+def test_latent_attention_reads_what_is_shared_once(monkeypatch, heads, kind):
+    worth(monkeypatch, 1)
+    rng = np.random.default_rng([heads, len(kind)])
+    chunks = {"decode": 0, "chunk": 5, "mixed": 2}[kind]
+    for blocks in (1, 7, 20):
+        case = prefixed(rng, 5, blocks, chunks=chunks, heads=(1, heads, 64, 32))
+        assert_latent_as_defined(case, rng)
 
 
 # -- what sequences share --

@@ -10,11 +10,12 @@ import odd_models
 import pytest
 import tiny_folder
 import tiny_models
+from families import zoo
 from mlx.utils import tree_flatten
 
 from mlxpage.errors import InvalidModel, OutOfMemory, UnsupportedModel
 from mlxpage.metal import model as models
-from mlxpage.metal import reference, self_check
+from mlxpage.metal import reference, seam, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, LayerCache
 from mlxpage.metal.layout import Shape
@@ -379,3 +380,58 @@ def test_how_a_model_takes_tokens_shows_while_its_weights_can_not_be_read(tmp_pa
     assert self_check.why_not_rows(model, 16) is None
     with pytest.raises(RuntimeError):
         mx.eval(model.module.parameters())
+
+
+# -- latent attention --
+
+
+@functools.cache
+def latent() -> Model:
+    return Model(*zoo.make("deepseek_v3"))
+
+
+def test_latent_attention_passes_as_most_do():
+    self_check.check(latent(), 16, ways=self_check.WAYS[:1])
+    assert (latent().shape, latent().fetches) == (Shape.ROWS, False)
+
+
+WRONG = {
+    "a scale that is too small": lambda q, q_v, scale: (q, q_v, 0.9 * scale),
+    "a V that is scaled again": lambda q, q_v, scale: (q, q_v * scale, scale),
+    "a V that is left out": lambda q, q_v, scale: (q, q_v * 0, scale),
+    "a K that is left out": lambda q, q_v, scale: (q * 0, q_v, scale),
+    "a head's V for another": lambda q, q_v, scale: (q, mx.roll(q_v, 1, axis=1), scale),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_latent_attention_is_stopped(monkeypatch, wrong):
+    attend = reference.Pool.attend_latent
+
+    def changed(self, step, *arguments):
+        return attend(self, step, *WRONG[wrong](*arguments))
+
+    monkeypatch.setattr(reference.Pool, "attend_latent", changed)
+    assert refused(latent())
+
+
+def test_somebody_elses_latents_are_stopped(monkeypatch):
+    monkeypatch.setattr(reference, "plan", planned(tables=swapped))
+    assert refused(latent())
+
+
+def test_whoever_reads_a_latent_himself_gets_no_numbers(monkeypatch):
+    """And then gets it gathered, in a forward that has a mask."""
+    monkeypatch.setattr(seam, "_is_latent", lambda *_: False)
+    model = Model(*zoo.make("deepseek_v3"))
+    self_check.check(model, 16)
+    assert (model.shape, model.fetches) == (Shape.CHUNKS, True)
+    assert "changes K and V after its cache" in model.why_not_rows
+
+
+def test_a_model_that_chooses_what_it_reads_has_it_gathered():
+    """Also while it would choose all that there is."""
+    for topk in (8, 2048):
+        model = Model(*zoo.make("deepseek_v32", index_topk=topk))
+        self_check.check(model, 16)
+        assert (model.shape, model.fetches) == (Shape.CHUNKS, True)

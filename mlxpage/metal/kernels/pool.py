@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mlxpage.errors import UnsupportedModel
 from mlxpage.metal import layout, reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.attention import paged_attention
@@ -215,6 +216,9 @@ class Pool(layout.Pool):
                 part, options = q[chunk.rows], {"scale": scale, "sinks": sinks}
                 outs.append(attend_chunk(part, self._blocks, chunk, written, **options))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
+
+    def attend_latent(self, step: Step, q: mx.array, q_v: mx.array, scale: float) -> mx.array:
+        raise UnsupportedModel("no kernel computes latent attention yet")
 
     def _most_scores(self, heads: int) -> int:
         k, v = self.kind.k, self.kind.v
