@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,14 @@ from mlxpage.batch import Batch, copies_of
 from mlxpage.block_pool import BlockPool
 from mlxpage.disk_tier import DiskTier
 from mlxpage.elastic_pool import ElasticPool
-from mlxpage.errors import EngineError, InvalidRequest, MlxpageError, OutOfMemory
+from mlxpage.errors import (
+    EngineError,
+    InvalidRequest,
+    MlxpageError,
+    OutOfMemory,
+    forget_locals,
+)
+from mlxpage.events import Preempted, Prefill
 from mlxpage.intake import Intake
 from mlxpage.metal import memory as sizing
 from mlxpage.metal.backend import mx
@@ -100,12 +106,16 @@ class Engine:
         on_event: Callable[[StreamEvent], None],
         *,
         priority: int = 0,
+        on_progress: Callable[[Prefill | Preempted], None] | None = None,
     ) -> Request:
-        """Checks a prompt of token ids and makes it a request, to be given to `add`.
+        """Checks a prompt of token ids and makes it a request, to be given to `add`. Its functions
+        are called on the engine's thread, between the parts of a step.
 
         Raises InvalidRequest if it can never be served.
         """
-        return self._intake.request(prompt, params, on_event, priority)
+        request = self._intake.request(prompt, params, on_event, priority)
+        request.on_progress = on_progress
+        return request
 
     def add(self, request: Request) -> int:
         """Queues a request; its events come from `step`. Returns its id."""
@@ -138,10 +148,11 @@ class Engine:
         self._served.begin(fork)
         return fork
 
-    def abort(self, request_id: int) -> None:
-        """Ends a request, with what it has so far; does nothing if it has ended already."""
+    def abort(self, request_id: int, error: MlxpageError | None = None) -> None:
+        """Ends a request, with what it has so far, and with `error` if there is a reason; does
+        nothing if it has ended already."""
         if request := self._served.find(request_id):
-            self._served.end(request)
+            self._served.end(request, error)
 
     def abort_all(self, error: MlxpageError | None = None) -> None:
         self._served.end_all(error)
@@ -195,6 +206,7 @@ class Engine:
             ahead = self.backend.ops.LOOK_AHEAD
         while len(self._in_flight) > ahead:
             self._collect()
+        self._served.tell_preemptions()
 
     def _plan(self) -> Schedule:
         schedule = self.scheduler.schedule()
@@ -296,6 +308,7 @@ class Engine:
         now = time.perf_counter()
         self.num_steps += 1
         self._fail_broken(batch.sampling, tokens)
+        self._served.tell_progress(started.schedule)
         scored = _as_logprobs(batch.scored_tokens, started.prompt_logprobs)
         self._served.take_prompt_logprobs(batch.scoring, scored)
         if started.logprobs:
@@ -425,7 +438,10 @@ class Engine:
         """Counters and the state of the pool. Block counts are those of the largest group: `total`
         now, `limit` at most; cached ones are free too, but still hold a prefix. Prompt tokens that
         were found in the pool are hits, of all that were looked for when a request was first
-        admitted."""
+        admitted. On another thread, counts may differ from each other by what a step is doing."""
+        model = self.model
+        if model is None:
+            raise EngineError("the engine is closed")
         pool = self._largest_pool()
         return {
             "steps": self.num_steps,
@@ -449,9 +465,9 @@ class Engine:
             "backend": {
                 "name": self.backend.name,
                 "why": self.backend.why,
-                "not_compiled": self.model.not_compiled,
-                "shape": self.model.shape.name.lower(),
-                "why_not_rows": self.model.why_not_rows,
+                "not_compiled": model.not_compiled,
+                "shape": model.shape.name.lower(),
+                "why_not_rows": model.why_not_rows,
             },
             "bytes": {
                 "budget": self.plan.budget,
@@ -465,7 +481,7 @@ class Engine:
         }
 
     def _prefix_stats(self) -> dict[str, Any] | None:
-        cache = self.scheduler.prefix_cache
+        cache, tier = self.scheduler.prefix_cache, self._tier
         if cache is None:
             return None
         return {
@@ -473,18 +489,11 @@ class Engine:
             "hit_tokens": cache.num_hit_tokens,
             "evictions": cache.num_evictions,
             "restored_tokens": cache.num_restored_tokens,
-            "disk": self._tier and self._tier.store.stats(),
+            "disk": tier and tier.store.stats(),
         }
 
     def _largest_pool(self) -> BlockPool:
         return max((group.pool for group in self.scheduler.groups), key=lambda p: p.limit)
-
-
-def forget_locals(error: BaseException | None) -> None:
-    """Empties the frames that an error came through: who keeps the error must not keep arrays."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _most_logprobs(wanted) -> int | None:

@@ -6,10 +6,16 @@
     ├── InvalidModel                       4   the model's files are damaged or incomplete
     │   └── UnsupportedModel               4   a sound model that can't be paged
     ├── OutOfMemory                        5   doesn't fit in the memory budget
+    ├── QueueFull                          1   too many requests wait already
+    ├── TimedOut            (TimeoutError) 1   a request took longer than it was given
     └── EngineError                        1   the engine failed or was closed
 
 A message names the value, the limit and the way out.
 """
+
+from __future__ import annotations
+
+import traceback
 
 
 class MlxpageError(Exception):
@@ -46,5 +52,20 @@ class OutOfMemory(MlxpageError):
     exit_code = 5
 
 
+class QueueFull(MlxpageError):
+    """Too many requests wait already; one may be submitted when another has begun or ended."""
+
+
+class TimedOut(MlxpageError, TimeoutError):
+    """A request took longer than the `timeout` it was submitted with."""
+
+
 class EngineError(MlxpageError):
     """The engine failed in a step, or was closed."""
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Empties the frames that an error came through: who keeps the error must not keep arrays."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

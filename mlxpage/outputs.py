@@ -76,3 +76,5 @@ class StreamEvent:
     """Why the generation ended, when the engine failed."""
     choice: int = 0
     """Which of the generations this is part of, if `n` asked for more than one."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry per token id, if asked for."""

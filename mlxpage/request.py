@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlxpage.errors import InvalidRequest
+from mlxpage.events import Preempted, Prefill
 from mlxpage.outputs import RequestOutput, StreamEvent, Timings, TokenLogprobs
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.sequence import Sequence
@@ -25,6 +26,7 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_taken_over: int = 0
     """Tokens that a fork began with."""
+    num_preemptions_told: int = 0
 
     def take_over(self, other: Choice) -> None:
         """What has come of another one, whose tokens this one has too."""
@@ -52,6 +54,7 @@ class Request:
     choices: list[Choice]
     on_event: Callable[[StreamEvent], None]
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    on_progress: Callable[[Prefill | Preempted], None] | None = None
     num_unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 from mlxpage.errors import MlxpageError
+from mlxpage.events import Preempted, Prefill
 from mlxpage.outputs import FinishReason, StreamEvent, TokenLogprobs
 from mlxpage.request import Choice, Request
 from mlxpage.scheduler import Schedule, Scheduler
@@ -24,6 +25,7 @@ class Served:
         """By the ids of their sequences, until they end."""
         self.num_prompt_tokens = self.num_output_tokens = 0
         """Of generations that came to their end; those that were aborted don't count."""
+        self._num_preemptions_told = 0
 
     def find(self, request_id: int) -> Request | None:
         return self._requests.get(request_id)
@@ -52,6 +54,28 @@ class Served:
             timings = choice.timings
             timings.scheduled = timings.scheduled or now
 
+    def tell_progress(self, schedule: Schedule) -> None:
+        """Hands out how far the prompts of a step that was computed are."""
+        for part in schedule.scheduled:
+            seq = part.seq
+            request = self.request_of(seq) if part.start < seq.num_prompt_tokens else None
+            if request and request.on_progress:
+                computed = min(part.start + part.num_tokens, seq.num_prompt_tokens)
+                cached = seq.num_cached_tokens
+                request.on_progress(Prefill(computed, seq.num_prompt_tokens, cached))
+
+    def tell_preemptions(self) -> None:
+        """Hands out which generations had to give their blocks up, for whatever reason."""
+        if self._num_preemptions_told == self._scheduler.num_preemptions:
+            return
+        self._num_preemptions_told = self._scheduler.num_preemptions
+        for request, choice in list(self._choices.values()):
+            count = choice.seq.num_preemptions
+            if count > choice.num_preemptions_told:
+                choice.num_preemptions_told = count
+                if request.on_progress:
+                    request.on_progress(Preempted(count, choice.index))
+
     def take_prompt_logprobs(
         self, scoring: list[tuple[Sequence, int]], entries: list[TokenLogprobs]
     ) -> None:
@@ -77,11 +101,12 @@ class Served:
         choice.timings.first_token = choice.timings.first_token or now
         ended_by_token = seq.finish_reason == "stop"
         text = "" if ended_by_token else choice.text_stream.add(token)
+        new = choice.logprobs[-1:] if seq.params.logprobs is not None else None
         if seq.finish_reason or choice.text_stream.stopped:
-            self._finish(request, choice, seq.finish_reason or "stop", text, [token])
+            self._finish(request, choice, seq.finish_reason or "stop", text, [token], new)
         else:
             choice.text += text
-            request.on_event(StreamEvent(text, [token], choice=choice.index))
+            request.on_event(StreamEvent(text, [token], choice=choice.index, logprobs=new))
 
     def take_end(self, seq: Sequence) -> None:
         """Hands out that `seq` has ended without another token."""
@@ -106,6 +131,7 @@ class Served:
         reason: FinishReason,
         text: str = "",
         token_ids: list[int] | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
         error: MlxpageError | None = None,
     ) -> None:
         seq = choice.seq
@@ -124,7 +150,7 @@ class Served:
             del self._requests[request.id]
             output = request.output()
         ids, reason = token_ids or [], seq.finish_reason
-        request.on_event(StreamEvent(text, ids, reason, output, error, choice.index))
+        request.on_event(StreamEvent(text, ids, reason, output, error, choice.index, logprobs))
 
     def _count(self, choice: Choice) -> None:
         seq = choice.seq
