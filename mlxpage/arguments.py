@@ -52,7 +52,7 @@ def check_options(
             "cache_dir and cache_disk keep the prefix cache on a disk; prefix_cache is False"
         )
     check_bool("memory_pressure", memory_pressure)
-    _seconds("trim_after", trim_after)
+    check_seconds("trim_after", trim_after)
     _check_one_of("backend", backend, (None, "metal", "cuda", "reference"))
     check_integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
     check_integer("max_num_seqs", max_num_seqs, least=1)
@@ -65,6 +65,34 @@ def check_options(
         check_integer("num_blocks", num_blocks, least=1)
     if seed is not None:
         check_integer("seed", seed)
+
+
+def loading_options(
+    model: Any,
+    *,
+    memory: str | int | None,
+    num_blocks: int | None,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    kv_bits: KVBits,
+    cache_dir: Any,
+    cache_disk: str | int | None,
+    **options,
+) -> dict[str, Any]:
+    """What every face of a model is loaded with, checked, as `load_engine` takes it. Raises
+    InvalidRequest."""
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    disk = {"cache_dir": cache_dir, "cache_disk": cache_disk}
+    sizes = {"num_blocks": num_blocks, "block_size": block_size}
+    check_options(model, kv_bits=kv_bits, **sizes, **limits, **disk, **options)
+    return {
+        "sizes": sizes | {"memory": memory},
+        "limits": limits,
+        "disk": disk_of(**disk),
+        "kv_bits": kv_bits_pair(kv_bits),
+        **{name: options[name] for name in ("prefix_cache", "backend", "dtype", "seed")},
+    }
 
 
 def kv_bits_pair(kv_bits: KVBits) -> tuple[int | None, int | None]:
@@ -96,13 +124,18 @@ def check_bool(name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} is {value!r:.80}; it must be True or False")
 
 
-def _seconds(name: str, value: Any) -> None:
+def check_seconds(name: str, value: Any) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10**6:
         raise InvalidRequest(
             f"{name} is {value!r:.80}; it must be seconds, from 0 to 1,000,000, or None"
         )
+
+
+def check_callable(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise InvalidRequest(f"{name} is {value!r:.80}; it must be a function, or None")
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> None:
@@ -126,6 +159,10 @@ def is_prompt(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and is_integer(value[0])
     return isinstance(value, str)
+
+
+def is_conversation(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
 
 
 def prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:

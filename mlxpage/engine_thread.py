@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from mlxpage.engine import Engine, forget_locals
-from mlxpage.errors import EngineError
-from mlxpage.metal.backend import mx
+from mlxpage.errors import EngineError, forget_locals
 from mlxpage.upkeep import Upkeep
 
+if TYPE_CHECKING:
+    from mlxpage.engine import Engine
+
 T = TypeVar("T")
+
+
+class Pulse:
+    """What other threads see of an engine's thread."""
+
+    step_began: float | None = None
+    """`time.monotonic` when the step that is under way began; None between steps."""
 
 
 class EngineThread:
@@ -28,30 +37,50 @@ class EngineThread:
     def __init__(
         self, make_engine: Callable[[threading.Event], Engine], upkeep: Upkeep | None = None
     ):
-        """Makes the engine on the new thread and waits for it; raises what `make_engine` does.
+        """Makes the engine on the new thread; `wait` for it.
 
-        The event that `make_engine` gets is set when nobody wants the engine any more.
+        The event that `make_engine` gets is set when nobody wants the engine any more. It is this
+        thread that imports MLX, if nobody has: whoever starts it goes on at once.
         """
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         # Not as an argument: a thread keeps those, and what they refer to, as long as it runs.
         self._inbox.put(make_engine)
         closing = threading.Event()
         self._ended = threading.Event()
-        ready: Future[Engine] = Future()
+        self.ready: Future[Engine] = Future()
+        self.ready.set_running_or_notify_cancel()  # nobody who waits may cancel it for the others
+        self.pulse = Pulse()
         self._thread = threading.Thread(
             target=_run,
-            args=(self._inbox, ready, closing, self._ended, upkeep or Upkeep()),
+            args=(self._inbox, self.ready, closing, self._ended, upkeep or Upkeep(), self.pulse),
             name="mlxpage-engine",
             daemon=True,
         )
         # Runs when this object goes or the interpreter ends, whichever comes first.
         self.close = weakref.finalize(self, _stop, self._thread, self._inbox, closing)
-        try:  # Ctrl-C may come at any moment from here on
-            self._thread.start()
-            self.engine = ready.result()
+        self._thread.start()
+
+    def wait(self) -> Engine:
+        """The engine, when it is made; raises what `make_engine` does. To be interrupted, by Ctrl-C
+        say, closes it."""
+        try:
+            return self.ready.result()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def engine(self) -> Engine:
+        """Raises EngineError unless it is made."""
+        if not self.ready.done():
+            raise EngineError("the model is still loading; wait for it")
+        if self.ready.exception() is not None:
+            raise self.refusal()
+        return self.ready.result()
+
+    def refusal(self) -> EngineError:
+        """What to tell those who come when it has ended."""
+        return _closed(self.ready)
 
     @property
     def is_running(self) -> bool:
@@ -63,13 +92,22 @@ class EngineThread:
         return self._thread is threading.current_thread()
 
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
-        """Runs `function(engine)` on the thread, between steps. The future fails with
-        `EngineError` when the engine is closed before that."""
+        """Runs `function(engine)` on the thread, between steps, or as soon as there is an engine.
+        The future fails with `EngineError` when the engine is closed before that."""
         future: Future[T] = Future()
         self._inbox.put((function, future))
         if not self.is_running:  # who ended it may have emptied the inbox just before
-            _refuse_calls(self._inbox)
+            _refuse_calls(self._inbox, self.ready)
         return future
+
+
+def _closed(ready: Future) -> EngineError:
+    failure = ready.exception() if ready.done() else None
+    if failure is None:
+        return EngineError("the engine is closed")
+    error = EngineError(f"the model could not be loaded: {failure}")
+    error.__cause__ = failure
+    return error
 
 
 def _stop(thread: threading.Thread, inbox: queue.SimpleQueue, closing: threading.Event) -> None:
@@ -86,8 +124,12 @@ def _run(
     closing: threading.Event,
     ended: threading.Event,
     upkeep: Upkeep,
+    pulse: Pulse,
 ) -> None:
+    mx = None
     try:
+        from mlxpage.metal.backend import mx
+
         engine = inbox.get()(closing)
     except BaseException as error:
         # Who catches the error must not keep the weights that were loaded so far.
@@ -95,31 +137,35 @@ def _run(
         ready.set_exception(error)
     else:
         ready.set_result(engine)
-        _serve(engine, inbox, upkeep)
+        _serve(engine, inbox, upkeep, pulse)
         engine.close()
         del engine
     finally:
         ended.set()
-        _refuse_calls(inbox)
-        mx.clear_cache()
-        mx.clear_streams()
+        _refuse_calls(inbox, ready)
+        if mx is not None:
+            mx.clear_cache()
+            mx.clear_streams()
 
 
 # Seconds until an idle engine is looked after again: not at once, for that may be what has failed.
 _AFTER_FAILURE = 1.0
 
 
-def _serve(engine: Engine, inbox: queue.SimpleQueue, upkeep: Upkeep) -> None:
+def _serve(engine: Engine, inbox: queue.SimpleQueue, upkeep: Upkeep, pulse: Pulse) -> None:
     seconds: float | None = 0.0
     while _answer_calls(engine, inbox, seconds):
         try:
             if engine.has_work:
+                pulse.step_began = time.monotonic()
                 engine.step()
+            pulse.step_began = None
             seconds = upkeep.run(engine)
         except Exception as error:  # a step fails its own requests; this one couldn't
             failure = EngineError(f"the engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             engine.abort_all(failure)
+            pulse.step_began = None
             seconds = _AFTER_FAILURE
     engine.abort_all()
 
@@ -146,11 +192,11 @@ def _answer(engine: Engine, function: Callable, future: Future) -> None:
         future.set_exception(error)
 
 
-def _refuse_calls(inbox: queue.SimpleQueue) -> None:
+def _refuse_calls(inbox: queue.SimpleQueue, ready: Future) -> None:
     try:
         while True:
             call = inbox.get_nowait()
             if isinstance(call, tuple) and call[1].set_running_or_notify_cancel():
-                call[1].set_exception(EngineError("the engine is closed"))
+                call[1].set_exception(_closed(ready))
     except queue.Empty:
         pass

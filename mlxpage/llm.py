@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import overload
 
 from mlxpage import beams
 from mlxpage.arguments import (
     KVBits,
     Prompt,
-    check_bool,
     check_integer,
-    check_options,
     check_streamed,
-    disk_of,
-    is_integer,
     is_prompt,
-    kv_bits_pair,
+    loading_options,
     params_list,
     prompt_list,
     type_name,
 )
+from mlxpage.door import Door, Messages, find_files, start_thread, token_ids
 from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.outputs import RequestOutput, StreamEvent
 from mlxpage.sampling_params import BeamSearchParams, SamplingParams
 
-if TYPE_CHECKING:
-    from mlxpage.metal.memory import Plan
-
-Messages = list[dict[str, Any]]
-
 ALIVE_SECONDS = 1.0  # how often a caller that waits looks whether the engine's thread still runs
 
 
-class LLM:
+class LLM(Door):
     """A model that generates, many prompts at once.
 
         with LLM("smollm2-135m", memory="2GB") as llm:
@@ -102,9 +94,10 @@ class LLM:
         on_status: Callable[[str], None] | None = None,
         on_loaded: Callable[[int, int], None] | None = None,
     ):
-        check_options(
+        options = loading_options(
             model,
             adapter_path=adapter_path,
+            memory=memory,
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
@@ -119,45 +112,14 @@ class LLM:
             trim_after=trim_after,
             memory_pressure=memory_pressure,
         )
-        from mlxpage import model_store
+        files = find_files(model, adapter_path, on_status)
+        self.folder, self.defaults = files["folder"], files["defaults"]
 
-        folder = model_store.resolve(model, on_status=on_status)
-        config = model_store.check_folder(folder)
-        adapter = None if adapter_path is None else model_store.check_adapter(adapter_path)
-        self.folder = folder
-        self.defaults = model_store.generation_defaults(folder)
-
-        from mlxpage.engine_thread import EngineThread
         from mlxpage.loading import load_engine
-        from mlxpage.memory_pressure import level
-        from mlxpage.upkeep import Upkeep
 
-        # Nothing here may know this object: the thread would keep it, and never end.
-        self._thread = EngineThread(
-            partial(
-                load_engine,
-                folder=folder,
-                adapter=adapter,
-                sizes={"memory": memory, "num_blocks": num_blocks, "block_size": block_size},
-                limits={
-                    "max_num_seqs": max_num_seqs,
-                    "max_num_batched_tokens": max_num_batched_tokens,
-                },
-                prefix_cache=prefix_cache,
-                disk=disk_of(cache_dir, cache_disk),
-                dtype=dtype,
-                kv_bits=kv_bits_pair(kv_bits),
-                seed=seed,
-                defaults=self.defaults,
-                backend=backend,
-                on_status=on_status,
-                on_loaded=on_loaded,
-            ),
-            Upkeep(trim_after, level if memory_pressure else None),
-        )
-        self._engine = self._thread.engine
-        self.family = config["model_type"]
-        self.tokenizer = self._engine.tokenizer
+        load = partial(load_engine, **files, **options, on_status=on_status, on_loaded=on_loaded)
+        self._thread = start_thread(load, trim_after=trim_after, memory_pressure=memory_pressure)
+        self.family = self._thread.wait().model.family
 
     # -- generate --
 
@@ -228,10 +190,6 @@ class LLM:
     ) -> RequestOutput:
         """The assistant's next turn in a conversation of {"role": ..., "content": ...}."""
         return self.generate(self.chat_prompt(messages), params, priority=priority)
-
-    def chat_prompt(self, messages: Messages) -> list[int]:
-        """A conversation as token ids, by the model's own chat template."""
-        return self.tokenizer.apply_chat_template(messages)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
@@ -334,60 +292,8 @@ class LLM:
         if not self._thread.is_current:
             ended.exception()  # a closed engine has ended them already
 
-    def _check_open(self) -> None:
-        if not self._thread.is_running:
-            raise EngineError("the engine is closed")
-
     def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, (list, tuple)):
-            raise InvalidRequest(
-                f"a prompt is a text or a list of token ids, not {type_name(prompt)}; for a "
-                "conversation there is chat"
-            )
-        return [int(token) if is_integer(token) else token for token in prompt]
-
-    # -- memory --
-
-    @property
-    def plan(self) -> Plan:
-        """How the budget is divided, in bytes and blocks."""
-        return self._engine.plan
-
-    def trim(self, *, cached: bool = False) -> int:
-        """Gives blocks that nobody uses back to the system; returns the bytes.
-
-        Empty ones go, but for the room that a new pool has. With `cached`, what is only kept to be
-        found again goes too, and that room. The pool grows again when it has to. One whose size was
-        given as `num_blocks` stays as it is, and 0 is returned.
-        """
-        check_bool("cached", cached)
-        return self._thread.call(lambda engine: engine.trim(cached=cached)).result()
-
-    def set_memory(self, memory: str | int | None) -> None:
-        """Changes the budget, as `memory` at the start. Requests go on.
-
-        A pool that is larger than the new budget allows shrinks at once: what is cached goes first,
-        longest unused before others, then the newest generations are interrupted, to be computed
-        again later. Those without `max_tokens` may end earlier, or at once if they're longer than
-        the new pool.
-
-        Raises InvalidRequest for what is no size, if a request could never end in the new pool, or
-        if `num_blocks` was given; OutOfMemory if weights and a usable pool don't fit. Then nothing
-        has changed.
-        """
-        self._thread.call(lambda engine: engine.set_memory(memory)).result()
-
-    # -- the rest --
-
-    def stats(self) -> Mapping[str, Any]:
-        """Counters, blocks and bytes, taken between two steps."""
-        return self._thread.call(lambda engine: engine.stats()).result()
-
-    def close(self) -> None:
-        """Ends what is running and gives the memory back; a second call does nothing."""
-        self._thread.close()
+        return token_ids(self.tokenizer, prompt)
 
     def __enter__(self) -> LLM:
         return self

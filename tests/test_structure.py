@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import its own layer and those that its layer stands on; a folder counts as one name.
 MODULES = {
-    "common": {"errors", "sampling_params", "outputs", "blas", "sizes"}
+    "common": {"errors", "sampling_params", "outputs", "events", "blas", "sizes"}
     | {"model_store", "block_store"},
     "paper": {"beam_search", "block_pool", "block_manager", "cache_group", "prefix_cache"}
     | {"sequence", "scheduler"},
@@ -36,7 +36,8 @@ MODULES = {
         "engine_thread",
         "beams",
     },
-    "doors": {"arguments", "llm", "async_engine", "describe", "cli", "__main__", "__init__"},
+    "doors": {"arguments", "door", "llm", "handle", "async_engine", "describe", "cli"}
+    | {"__main__", "__init__"},
 }
 STANDS_ON = {
     "common": set(),
@@ -51,7 +52,16 @@ MLX = {"mlx", "mlx_lm"}
 HOME_OF_MLX = Path("metal/backend.py")
 NEVER_MLX = MODULES["common"] | MODULES["paper"]
 # What runs before a model is loaded: `import mlxpage` and `mlxpage --help` stay quick.
-LIGHT = NEVER_MLX | {"arguments", "beams", "llm", "cli", "__main__", "__init__"}
+LIGHT = NEVER_MLX | {
+    "arguments",
+    "door",
+    "llm",
+    "handle",
+    "async_engine",
+    "engine_thread",
+    "upkeep",
+}
+LIGHT |= {"beams", "cli", "__main__", "__init__"}
 
 TABLE = Path(__file__).name
 FILES = sorted((ROOT / "mlxpage").rglob("*.py"))

@@ -15,6 +15,7 @@ from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
 from mlxpage import EngineError, InvalidRequest, SamplingParams, UnsupportedModel, engine_thread
+from mlxpage.engine_thread import Pulse
 from mlxpage.metal.backend import mx
 from mlxpage.upkeep import Upkeep
 
@@ -548,7 +549,9 @@ def test_an_engine_that_has_failed_is_looked_after_when_it_is_idle():
             inbox.put(None)
 
     inbox = queue.SimpleQueue()
-    serving = threading.Thread(target=engine_thread._serve, args=(Engine(), inbox, Upkeep(0.1)))
+    serving = threading.Thread(
+        target=engine_thread._serve, args=(Engine(), inbox, Upkeep(0.1), Pulse())
+    )
     serving.start()
     serving.join(30)
     alive = serving.is_alive()
