@@ -13,17 +13,21 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncEngine": "async_engine",
     "BeamSearchParams": "sampling_params",
     "LLM": "llm",
     "EngineError": "errors",
+    "Handle": "handle",
     "InvalidModel": "errors",
     "InvalidRequest": "errors",
     "MlxpageError": "errors",
     "ModelNotFound": "errors",
     "OutOfMemory": "errors",
+    "QueueFull": "errors",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
     "StreamEvent": "outputs",
+    "TimedOut": "errors",
     "TokenLogprobs": "outputs",
     "UnsupportedModel": "errors",
 }
