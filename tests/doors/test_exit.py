@@ -50,19 +50,78 @@ ENDS = {
 
 @pytest.mark.parametrize("way", ENDS)
 def test_a_program_that_closes_nothing_ends_as_it_should(python, tiny_folder, way):
-    check(python, tiny_folder, way)
+    check(python, tiny_folder, BEGIN, *ENDS[way])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("way", ENDS)
 def test_and_does_so_every_time(python, tiny_folder, way):
     for _ in range(20):
-        check(python, tiny_folder, way)
+        check(python, tiny_folder, BEGIN, *ENDS[way])
 
 
-def check(python, folder, way: str) -> None:
-    code, told, body = ENDS[way]
-    ended = python(BEGIN + body, folder)
+ASYNC = """
+import asyncio, sys, threading, time
+from mlxpage import AsyncEngine, SamplingParams
+engine = AsyncEngine.load(sys.argv[1], num_blocks=64)
+long = SamplingParams(max_tokens=400, ignore_eos=True)
+
+async def first(handle):
+    async for event in handle:
+        if type(event).__name__ == "Tokens":
+            return event
+"""
+ASYNC_ENDS = {
+    "while the model loads": (0, "", "handle = engine.submit('abc')"),
+    "while the model loads, and nobody has asked": (0, "", ""),
+    "with a stream that is kept": (
+        0,
+        "",
+        "handle = engine.submit('abc', long)\nasyncio.run(first(handle))",
+    ),
+    "by an exception in an event loop": (
+        1,
+        "ValueError: mine",
+        "async def app():\n"
+        "    await asyncio.gather(*(first(engine.submit('abc', long)) for _ in range(4)))\n"
+        "    raise ValueError('mine')\n"
+        "asyncio.run(app())",
+    ),
+    "by sys.exit while a function listens": (
+        7,
+        "",
+        "handle = engine.submit('abc', long, on_event=lambda event: time.sleep(0.01))\n"
+        "other = engine.submit('abc', long)\n"
+        "asyncio.run(first(other))\n"
+        "sys.exit(7)",
+    ),
+    "while another thread's loop awaits": (
+        0,
+        "",
+        "async def app():\n"
+        "    while True:\n"
+        "        await engine.submit('abc', long)\n"
+        "threading.excepthook = lambda args: None\n"
+        "threading.Thread(target=asyncio.run, args=(app(),), daemon=True).start()\n"
+        "asyncio.run(first(engine.submit('abc', long)))",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ASYNC_ENDS)
+def test_and_so_does_one_with_an_engine_for_apps(python, tiny_folder, way):
+    check(python, tiny_folder, ASYNC, *ASYNC_ENDS[way])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ASYNC_ENDS)
+def test_which_does_so_every_time(python, tiny_folder, way):
+    for _ in range(20):
+        check(python, tiny_folder, ASYNC, *ASYNC_ENDS[way])
+
+
+def check(python, folder, begin: str, code: int, told: str, body: str) -> None:
+    ended = python(begin + body, folder)
     assert ended.returncode == code, ended.stderr
     assert told in ended.stderr
     # An error while Python ends has no exit code of its own, only this.
