@@ -316,7 +316,10 @@ def test_a_slow_reader_gets_fewer_larger_events_and_keeps_nobody_up(engine):
 def test_a_loop_that_is_busy_gets_one_call_at_a_time(engine):
     waiting = []
     events = []
-    handle = engine.submit("abc", LONG, on_event=events.append, dispatch=waiting.append)
+    with held(engine):
+        handle = engine.submit("abc", LONG, on_event=events.append, dispatch=waiting.append)
+        waiting.pop()()
+        assert events == [Queued(0)]
     output = handle.result(SECONDS)
     assert len(waiting) == 1
     while waiting:
@@ -890,6 +893,18 @@ def test_after_each_of_a_hundred_failed_steps_the_next_request_succeeds(make_eng
 @pytest.mark.full
 def test_and_after_each_of_a_thousand(make_engine, monkeypatch):
     run_failures(make_engine, monkeypatch, 1000)
+
+
+def test_a_step_that_fails_leaves_what_waits_alone(make_engine, monkeypatch):
+    engine = make_engine(max_num_seqs=1).wait(SECONDS)
+    expected = engine.submit("def", GREEDY).result(SECONDS).token_ids
+    with monkeypatch.context() as patch:
+        fail(patch, "mlxpage.metal.model.Model.__call__", RuntimeError("no"), at=6)
+        with held(engine):
+            fails, waits = engine.submit("abc", GREEDY), engine.submit("def", GREEDY)
+        with pytest.raises(EngineError, match="no"):
+            fails.result(SECONDS)
+        assert waits.result(SECONDS).token_ids == expected
 
 
 def test_an_error_event_has_what_there_was_until_then(engine, monkeypatch):
