@@ -6,9 +6,10 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlxpage.errors import EngineError, MlxpageError
@@ -62,9 +63,7 @@ class Handle:
         """Waits for the end. Raises TimeoutError after `timeout` seconds; the request goes on."""
         try:
             return self._mailbox.result.result(timeout)
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C
+        except KeyboardInterrupt:
             self.cancel()
             raise
 
@@ -72,9 +71,15 @@ class Handle:
         return self._result().__await__()
 
     async def _result(self) -> RequestOutput:
-        try:
+        with self._cancelling():
             return await asyncio.wrap_future(self._mailbox.result)
-        except asyncio.CancelledError:
+
+    @contextmanager
+    def _cancelling(self) -> Iterator[None]:
+        """Who is interrupted while they wait, by Ctrl-C or as a task, wants no result any more."""
+        try:
+            yield
+        except BaseException:
             self.cancel()
             raise
 
@@ -84,12 +89,11 @@ class Handle:
         return self
 
     def __next__(self) -> Event:
-        while (event := self._mailbox.read((woken := threading.Event()).set)) is None:
-            try:
+        woken = threading.Event()
+        while (event := self._mailbox.read(woken.set)) is None:
+            with self._cancelling():
                 woken.wait()
-            except BaseException:  # Ctrl-C
-                self.cancel()
-                raise
+            woken.clear()
         if event is _END:
             raise StopIteration
         return _raise_error(event)
@@ -98,13 +102,12 @@ class Handle:
         return self
 
     async def __anext__(self) -> Event:
-        loop = asyncio.get_running_loop()
-        while (event := self._mailbox.read(_waking(loop, woken := loop.create_future()))) is None:
-            try:
-                await woken
-            except BaseException:
-                self.cancel()
-                raise
+        woken = asyncio.Event()
+        wake = partial(_call_soon, asyncio.get_running_loop(), woken.set)
+        while (event := self._mailbox.read(wake)) is None:
+            with self._cancelling():
+                await woken.wait()
+            woken.clear()
         if event is _END:
             raise StopAsyncIteration
         return _raise_error(event)
@@ -126,7 +129,7 @@ class Handle:
     def __del__(self) -> None:
         if not (self._mailbox.has_listener or self.is_done):
             # The garbage collector calls this, on any thread, which may hold any lock.
-            self._thread.call(self._mailbox.drop)
+            self._thread.call(self._mailbox.abort)
 
 
 def _raise_error(event: Event) -> Event:
@@ -135,12 +138,9 @@ def _raise_error(event: Event) -> Event:
     return event
 
 
-def _waking(loop: asyncio.AbstractEventLoop, woken: asyncio.Future) -> Wake:
-    def wake():
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits in it
-            loop.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
-
-    return wake
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Wake) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits in it
+        loop.call_soon_threadsafe(function)
 
 
 class Mailbox:
@@ -179,7 +179,7 @@ class Mailbox:
     # -- on the engine's thread --
 
     def prepare(self, engine: Engine) -> None:
-        """Makes the request; on any thread. Raises InvalidRequest."""
+        """Makes the request; on any thread, as that is. Raises InvalidRequest."""
         self._request = self._make_request(engine, self)
 
     def begin(self, engine: Engine) -> None:
@@ -191,10 +191,9 @@ class Mailbox:
             self.prepare(engine)
         engine.add(self._request)
 
-    def drop(self, engine: Engine) -> None:
-        """Nobody holds the handle any more."""
-        self._is_given_up = True
-        self._abort(engine, None)
+    def abort(self, engine: Engine, error: MlxpageError | None = None) -> None:
+        if (request := self._request) is not None:
+            engine.abort(request.id, error)
 
     def after_begin(self, begun: Future) -> None:
         """A request that couldn't begin has ended."""
@@ -291,11 +290,7 @@ class Mailbox:
         if not has_begun:
             self.put(Error(error) if error else Done(self._nothing()))
         elif thread is not None and not self._has_ended:
-            thread.call(lambda engine: self._abort(engine, error))
-
-    def _abort(self, engine: Engine, error: MlxpageError | None) -> None:
-        if (request := self._request) is not None:
-            engine.abort(request.id, error)
+            thread.call(lambda engine: self.abort(engine, error))
 
     def _nothing(self) -> RequestOutput:
         """Of a request that was cancelled before it began."""
