@@ -518,7 +518,7 @@ def run_random_cancels(make_engine, count: int) -> None:
         wait_until(lambda: gc.collect() >= 0 and not count_of(Mailbox))
         nbytes.append(mx.get_active_memory())
         threads.add(threading.active_count())
-    assert set(stages) == {"Queued", "Prefill", "Tokens"}
+    assert {"Queued", "Prefill", "Tokens"} <= set(stages)
     assert len(threads) == 1
     assert max(nbytes) <= nbytes[0] + 4096, "half a block"
 
