@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlxpage.sizes import in_bytes
 
 Prompt = str | list[int]
 _CACHE_DISK = "20GB"
+_TO_ENGINE = ("prefix_cache", "backend", "dtype", "seed", "max_inter_token_ms")
 KVBits = int | tuple[int | None, int | None] | None
 
 
@@ -37,6 +39,7 @@ def check_options(
     seed: int | None = None,
     trim_after: float | None = None,
     memory_pressure: bool = False,
+    max_inter_token_ms: float | None = None,
 ) -> None:
     """Raises InvalidRequest for what no model can be loaded with."""
     if not isinstance(model, (str, os.PathLike)):
@@ -53,6 +56,13 @@ def check_options(
         )
     check_bool("memory_pressure", memory_pressure)
     check_seconds("trim_after", trim_after)
+    if max_inter_token_ms is not None and not (
+        type(max_inter_token_ms) in (int, float) and 0 < max_inter_token_ms < math.inf
+    ):
+        raise InvalidRequest(
+            f"max_inter_token_ms is {max_inter_token_ms!r:.80}; it must be milliseconds above 0, "
+            "or None"
+        )
     _check_one_of("backend", backend, (None, "metal", "cuda", "reference"))
     check_integer("max_num_batched_tokens", max_num_batched_tokens, least=1)
     check_integer("max_num_seqs", max_num_seqs, least=1)
@@ -91,7 +101,7 @@ def loading_options(
         "limits": limits,
         "disk": disk_of(**disk),
         "kv_bits": kv_bits_pair(kv_bits),
-        **{name: options[name] for name in ("prefix_cache", "backend", "dtype", "seed")},
+        **{name: options[name] for name in _TO_ENGINE},
     }
 
 

@@ -28,6 +28,7 @@ from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
 from mlxpage.metal.sampler import logprobs, sample
 from mlxpage.outputs import StreamEvent, TokenLogprobs
+from mlxpage.pace import Pace
 from mlxpage.prefix_cache import PrefixCache
 from mlxpage.request import Request
 from mlxpage.sampling_params import SamplingParams
@@ -48,6 +49,7 @@ class Started:
     tokens: mx.array | None  # (S,) one for each of `Batch.sampling`
     logprobs: tuple  # of those tokens, as `sampler.logprobs` gives them, if anyone asked
     prompt_logprobs: tuple  # likewise, of `Batch.scoring`
+    began: float  # `time.perf_counter`, before anything was computed
 
 
 class Engine:
@@ -67,6 +69,7 @@ class Engine:
         backend: Backend = REFERENCE,
         prefix_cache: bool = True,
         tier: DiskTier | None = None,
+        max_inter_token_ms: float | None = None,
     ):
         """`tier` is the prefix cache's second one, which is closed with the engine."""
         self.model = model
@@ -93,6 +96,9 @@ class Engine:
         self.eos_token_ids = self._intake.eos_token_ids
         self._served = Served(self.scheduler, seed)
         self._tier = tier
+        self._pace = max_inter_token_ms and Pace(max_inter_token_ms / 1e3, max_num_batched_tokens)
+        self._recorded = 0.0
+        """`time.perf_counter` when the results of the last step were there."""
         self._in_flight: list[Started] = []
         """Steps whose results nobody has read yet, oldest first."""
         self.num_steps = 0
@@ -209,6 +215,8 @@ class Engine:
         self._served.tell_preemptions()
 
     def _plan(self) -> Schedule:
+        if self._pace:
+            self.scheduler.max_chunk = self._pace.chunk
         schedule = self.scheduler.schedule()
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
         self._peak_bytes = max(self._peak_bytes, self.pool.used_nbytes)
@@ -219,6 +227,7 @@ class Engine:
     # -- compute --
 
     def _start(self, schedule: Schedule) -> Started:
+        began = time.perf_counter()
         if self.model.cache is None:
             self.pool.make_arrays()
         last = self._in_flight[-1] if self._in_flight else None
@@ -241,7 +250,7 @@ class Engine:
         results = [array for array in (tokens, *chosen, *scored) if array is not None]
         results += self.model.cache.written()
         (mx.async_eval if self.backend.ops.LOOK_AHEAD else mx.eval)(*results)
-        return Started(schedule, batch, tokens, chosen, scored)
+        return Started(schedule, batch, tokens, chosen, scored, began)
 
     def _load(self, schedule: Schedule) -> bool:
         """Puts what was read from the disk into the pool, after the copies of the plan, which come
@@ -306,6 +315,9 @@ class Engine:
         batch = started.batch
         tokens = [] if started.tokens is None else started.tokens.tolist()
         now = time.perf_counter()
+        if self._pace:  # a step that was dispatched ahead has waited for the one before it
+            self._pace.note(started.schedule, now - max(started.began, self._recorded))
+        self._recorded = now
         self.num_steps += 1
         self._fail_broken(batch.sampling, tokens)
         self._served.tell_progress(started.schedule)

@@ -44,6 +44,9 @@ class LLM(Door):
         block_size: tokens in a block, 16 or 32.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed in a step; longer prompts come in chunks.
+        max_inter_token_ms: milliseconds that generations under way should wait for their next
+            tokens at most, while the prompts of others are computed: in smaller chunks, if need be.
+            A step without any may take longer by itself.
         kv_bits: 8 or 4 keeps K and V as codes of so many bits, in groups of 64 elements of a head
             (32, where 64 doesn't divide it) with a scale and a bias each: about half and 0.28
             times the bytes of 16 bits. A pair is for K and V apart, as in (8, 4) or (None, 8).
@@ -82,6 +85,7 @@ class LLM(Door):
         block_size: int = 16,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
+        max_inter_token_ms: float | None = None,
         kv_bits: KVBits = None,
         prefix_cache: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -102,6 +106,7 @@ class LLM(Door):
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_inter_token_ms=max_inter_token_ms,
             kv_bits=kv_bits,
             prefix_cache=prefix_cache,
             cache_dir=cache_dir,

@@ -32,6 +32,7 @@ def load_engine(
     dtype: str | None,
     kv_bits: tuple[int | None, int | None],
     seed: int | None,
+    max_inter_token_ms: float | None,
     defaults: dict[str, Any],
     backend: str | None,
     on_status: Callable[[str], None] | None,
@@ -60,6 +61,7 @@ def load_engine(
     plan = sizing.plan(loaded, **sizes, **limits)
     tokenizer = Tokenizer(folder, loaded.config.get("eos_token_id"))
     options = {"defaults": defaults, "seed": seed, "backend": served, "prefix_cache": prefix_cache}
+    options["max_inter_token_ms"] = max_inter_token_ms
     if before is not None and _fingerprint(folder, adapter) != before:
         _warn_of_no_disk(f"{folder} has changed while it was loaded")
         before = None

@@ -90,6 +90,9 @@ class Scheduler:
         self.blocks = BlockManager(groups, max_num_batched_tokens, prefix_cache, make_larger)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_chunk: int | None = None
+        """Tokens that a step computes at most beside the next ones of running sequences, which wait
+        for it; None: as many as there are left."""
         self._shares_in_step = shares_in_step
         self.waiting: list[Sequence] = []
         """A heap, in the order of service."""
@@ -134,15 +137,26 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Plans a step. An empty schedule: nothing to compute before the next `update`."""
         schedule = Schedule()
-        self._continue_running(schedule)
+        budget = self._budget()
+        self._continue_running(schedule, budget)
         if not schedule.preempted:
-            self._admit_waiting(schedule)
+            self._admit_waiting(schedule, budget)
         for part in schedule.scheduled:
             if part.samples and part.seq.forks:
                 self._branch_off(part.seq, schedule)
         return schedule
 
-    def _continue_running(self, schedule: Schedule) -> None:
+    def _budget(self) -> int:
+        """Tokens of the next step, at least one for everybody who runs."""
+        if self.max_chunk is None:
+            return self.max_num_batched_tokens
+        next_ones = sum(seq.num_tokens - seq.num_computed_tokens == 1 for seq in self.running)
+        if not next_ones:
+            return self.max_num_batched_tokens
+        budget = max(next_ones + self.max_chunk, len(self.running))
+        return min(budget, self.max_num_batched_tokens)
+
+    def _continue_running(self, schedule: Schedule, budget: int) -> None:
         if self.prefix_cache is not None:
             size = self.groups[0].block_size
             for seq in self.running:
@@ -153,7 +167,6 @@ class Scheduler:
             for seq in self.running:
                 self.blocks.give_back(seq)
         running = self.running
-        budget = self.max_num_batched_tokens
         index = 0
         while index < len(running):
             seq = running[index]
@@ -166,16 +179,16 @@ class Scheduler:
                 budget -= granted
                 self._plan(schedule, seq, granted)
 
-    def _admit_waiting(self, schedule: Schedule) -> None:
+    def _admit_waiting(self, schedule: Schedule, budget: int) -> None:
         running = self.running
         while self.waiting and len(running) < self.max_num_seqs:
             seq = self.waiting[0]
-            budget = self.max_num_batched_tokens - schedule.num_scheduled_tokens
+            left = budget - schedule.num_scheduled_tokens
             # A preempted sequence may still wait for its last token: it can't be fed before.
-            if not budget or seq.num_pending or self._still_has_no_room(seq):
+            if not left or seq.num_pending or self._still_has_no_room(seq):
                 break
             self.blocks.share_cached(seq)
-            if not self._grant(seq, budget, schedule) or not self._fits(seq):
+            if not self._grant(seq, left, schedule) or not self._fits(seq):
                 found = seq.num_committed_blocks
                 self.blocks.release(seq)
                 self._refused = (seq.id, self._num_ended, *seq.block_keys[found : found + 1])
@@ -187,7 +200,7 @@ class Scheduler:
             self.blocks.count_cached(seq)
             if not self._restore(seq, schedule):
                 continue
-            granted = self._grant(seq, budget, schedule)
+            granted = self._grant(seq, left, schedule)
             schedule.copies += self.blocks.allocate(seq, granted)
             self._plan(schedule, seq, granted)
 

@@ -41,10 +41,12 @@ def engine(
     backend=choice.REFERENCE,
     prefix_cache=True,
     tier=None,
+    max_inter_token_ms=None,
     **limits,
 ) -> Engine:
     plan = memory.plan(model, num_blocks=num_blocks, block_size=block_size, **limits)
     options = {"seed": 0, "backend": backend, "prefix_cache": prefix_cache, "tier": tier}
+    options["max_inter_token_ms"] = max_inter_token_ms
     return Engine(model, tokenizer or ByteTokenizer(), plan, **options, **limits)
 
 

@@ -31,6 +31,7 @@ MODULES = {
         "memory_pressure",
         "upkeep",
         "disk_tier",
+        "pace",
         "engine",
         "loading",
         "engine_thread",

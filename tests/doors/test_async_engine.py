@@ -857,6 +857,36 @@ def test_requests_end_when_the_thread_itself_dies(make_engine, monkeypatch):
     assert engine.state == "closed"
 
 
+def test_the_app_it_lives_in_stays_as_it_is(python, tiny_folder):
+    ended = python(
+        """
+import logging, os, resource, signal, sys, threading
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "logging": (logging.root.level, list(logging.root.handlers)),
+        "signals": {s: signal.getsignal(s) for s in signal.valid_signals()},
+        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "threads": threading.enumerate(),
+        "folder": os.getcwd(),
+        "hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook),
+        "switching": sys.getswitchinterval(),
+    }
+
+before = state()
+from mlxpage import AsyncEngine, SamplingParams
+with AsyncEngine.load(sys.argv[1], num_blocks=64) as engine:
+    engine.submit("abc", SamplingParams(max_tokens=4)).result()
+after = state()
+print([name for name in before if before[name] != after[name]])
+""",
+        tiny_folder,
+    )
+    assert ended.stdout == "[]\n", ended.stderr
+    assert ended.stderr == ""
+
+
 # -- failures --
 
 

@@ -58,6 +58,7 @@ class Load:
     arrivals: list[tuple[int, Request]]  # by step
     aborts: list[tuple[int, int, bool]]  # step, which request, after planning
     branches: list[tuple[int, int]]  # step, which request
+    max_chunk: int | None = None
     breaks: float | None = None  # of what is read from a second tier; None: there is none
     start: float = 1  # what each pool has at first, of what it may have
     trims: list[tuple[int, bool]] = field(default_factory=list)  # step, cached ones too
@@ -100,6 +101,7 @@ def loads(draw):
         arrivals=draw(st.lists(arrival, min_size=8 if crowd else 1, max_size=12)),
         aborts=draw(st.lists(abort, max_size=3)),
         branches=draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 15)), max_size=6)),
+        max_chunk=draw(st.none() | st.integers(1, 40)),
     )
 
 
@@ -121,6 +123,7 @@ def serve(load: Load) -> World:
         shares_in_step=not any(group.is_state for group in groups),
         make_larger=lambda *wanted: world.make_larger(*wanted),
     )
+    scheduler.max_chunk = load.max_chunk
     world = World(scheduler, load.depth)
     dated = [*load.arrivals, *load.aborts, *load.branches, *load.trims, *load.limits]
     last = max([step for step, *_ in dated] + load.refusals)

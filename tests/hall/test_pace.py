@@ -1,0 +1,90 @@
+"""The chunk of a prompt beside which others get their next tokens in time."""
+
+import pytest
+import tiny_models
+from serving import engine, serve
+
+from mlxpage.pace import LEAST, START, Pace
+from mlxpage.sampling_params import SamplingParams
+from mlxpage.scheduler import Schedule, Scheduled
+
+
+def mixed(chunk: int, waiting: int = 2) -> Schedule:
+    """A step with a chunk of a prompt, beside the next tokens of others."""
+    parts = [Scheduled(None, 0, chunk, False)] if chunk else []
+    parts += [Scheduled(None, 50, 1, True)] * waiting
+    return Schedule(parts, num_scheduled_tokens=chunk + waiting)
+
+
+def settled(pace: Pace, per_token: float, base: float = 0.0, steps: int = 100) -> list[float]:
+    """The seconds of the last steps, on a machine that takes so long."""
+    seconds = []
+    for _ in range(steps):
+        seconds.append(base + per_token * pace.chunk)
+        pace.note(mixed(pace.chunk), seconds[-1])
+    return seconds[-20:]
+
+
+@pytest.mark.parametrize("per_token", [1e-4, 5e-4, 2e-3])
+def test_steps_come_to_take_as_long_as_they_may_and_little_longer(per_token):
+    last = settled(Pace(0.1, 2048), per_token, base=0.02)
+    assert min(last) > 0.06 and max(last) < 0.125
+
+
+def test_a_slower_machine_is_followed_and_a_faster_one_again():
+    pace = Pace(0.1, 2048)
+    settled(pace, 1e-4)
+    fast = pace.chunk
+    settled(pace, 1e-3)
+    assert pace.chunk < fast / 5
+    settled(pace, 1e-4)
+    assert pace.chunk > fast / 2
+
+
+def test_prompts_go_on_where_nothing_is_in_time():
+    pace = Pace(0.001, 512)
+    settled(pace, 1.0)
+    assert pace.chunk == LEAST
+
+
+def test_the_budget_of_a_step_is_the_most():
+    pace = Pace(1.0, 100)
+    settled(pace, 1e-9)
+    assert pace.chunk == 100
+
+
+def test_what_nobody_waits_for_and_steps_without_a_chunk_tell_nothing():
+    pace = Pace(0.1, 512)
+    before = pace.chunk
+    pace.note(mixed(400, waiting=0), 60.0)
+    pace.note(mixed(0), 60.0)
+    pace.note(mixed(before - 1), 0.01)  # room that wasn't used
+    assert pace.chunk == before
+
+
+def test_an_engine_that_keeps_a_pace_computes_in_smaller_chunks_and_gives_the_same_tokens():
+    prompts = [[5 + n] * 3 for n in range(2)] + [list(range(5, 205))]
+    params = SamplingParams(temperature=0, max_tokens=30)
+
+    def run(**options):
+        chunks = []
+        made = engine(tiny_models.make("llama"), max_num_batched_tokens=256, **options)
+        real = made.scheduler.schedule
+
+        def schedule():
+            plan = real()
+            chunks.append(max((part.num_tokens for part in plan.scheduled), default=0))
+            return plan
+
+        made.scheduler.schedule = schedule
+        outputs = serve(made, prompts[:2], params)
+        made.add(made.request(prompts[0], params, lambda event: None))
+        made.step()
+        chunks.clear()
+        return outputs + serve(made, prompts[2:], params), chunks
+
+    free, large = run()
+    paced, small = run(max_inter_token_ms=1e-6)
+    assert [output.token_ids for output in paced] == [output.token_ids for output in free]
+    assert max(large) > 100
+    assert small[0] == START and max(small[1:]) == LEAST
