@@ -11,8 +11,9 @@ START = 64
 class Pace:
     """Finds the chunk with which a step takes as long as it may, by how long the last ones took.
 
-    A step over its time shrinks the chunk in proportion, one within it lets it grow by a quarter:
-    it follows what changes with the machine's other work and with the lengths of sequences.
+    A step over its time shrinks the chunk in proportion. One that might have taken a quarter longer
+    lets it grow by a quarter. So it follows what changes with the machine's other work and with the
+    lengths of sequences.
     """
 
     def __init__(self, seconds: float, most: int):
@@ -29,5 +30,5 @@ class Pace:
             return
         if seconds > self._seconds:
             self.chunk = max(LEAST, min(self.chunk, int(chunk * self._seconds / seconds)))
-        elif chunk >= self.chunk:
+        elif chunk >= self.chunk and seconds * 1.25 <= self._seconds:
             self.chunk = min(self._most, self.chunk + self.chunk // 4)

@@ -26,9 +26,9 @@ def settled(pace: Pace, per_token: float, base: float = 0.0, steps: int = 100) -
 
 
 @pytest.mark.parametrize("per_token", [1e-4, 5e-4, 2e-3])
-def test_steps_come_to_take_as_long_as_they_may_and_little_longer(per_token):
+def test_steps_come_to_take_about_as_long_as_they_may_and_no_longer(per_token):
     last = settled(Pace(0.1, 2048), per_token, base=0.02)
-    assert min(last) > 0.06 and max(last) < 0.125
+    assert min(last) > 0.06 and max(last) <= 0.1
 
 
 def test_a_slower_machine_is_followed_and_a_faster_one_again():
