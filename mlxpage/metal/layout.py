@@ -327,6 +327,11 @@ class PoolKind(NamedTuple):
     def is_quantised(self) -> bool:
         return bool(self.k.bits or self.v.bits)
 
+    @property
+    def may_be_latent(self) -> bool:
+        """As in `LayerSpec`."""
+        return self.kv_heads == 1 and self.k.head_dim != self.v.head_dim
+
     def shape(self, part: Format, num_blocks: int) -> tuple[tuple[int, ...], mx.Dtype]:
         """Shape and dtype of the K or V array of a pool."""
         of_head, dtype = part.block(self.block_size)

@@ -395,7 +395,7 @@ def _both(
 ) -> list[tuple[str, int | None, np.ndarray, np.ndarray]]:
     """What kernels and reference give for random rows: its name, the bits that it is rounded to,
     and both."""
-    heads, dtype, window, scale, has_sinks = attention
+    heads, dtype, window, scale, has_sinks, is_latent = attention
     needed = [-(-context // block_size) for context, _ in sequences]
     order = iter((rng.permutation(sum(needed)) + 1).tolist())
     tables = [[next(order) for _ in range(count)] for count in needed]
@@ -410,7 +410,14 @@ def _both(
     k = random(count, spec.kv_heads, 1, spec.k_head_dim)
     v = random(count, spec.kv_heads, 1, spec.v_head_dim)
     q = random(count, heads, 1, spec.k_head_dim, dtype=dtype)
+    q_v = random(count, heads, 1, spec.v_head_dim, dtype=dtype)
     sinks = random(heads, dtype=dtype) if has_sinks else None
+
+    def attend(pool, step) -> mx.array:
+        if is_latent:
+            return pool.attend_latent(step, q, q_v * scale, scale)
+        return pool.attend(step, q, window, scale, sinks)
+
     pools = [backend.Pool(spec, sum(needed), block_size) for backend in (kernels, reference)]
     before = list(_random_blocks(pools[0].kind, sum(needed), rng))
     ours, theirs = [], []
@@ -421,7 +428,7 @@ def _both(
         if isinstance(step, kernels.Step):
             step.run_length = run_length
         pool.write(step, k, v, None, is_read=is_read)
-        out = pool.attend(step, q, window, scale, sinks)
+        out = attend(pool, step)
         mx.eval(out, pool.written())
         # A row of each sequence's last block: what no row wrote may differ.
         written = _written(pool, step.write_blocks, rows.positions % block_size)
@@ -429,7 +436,7 @@ def _both(
     if spec.k_bits or spec.v_bits:
         # What lies between two codes may become either: attention is compared over the same ones.
         pool.fill(pools[0].k, pools[0].v)
-        out = pool.attend(step, q, window, scale, sinks)
+        out = attend(pool, step)
         theirs[0] = np.array(out.astype(mx.float32))
     names = "attention", "a written K", "a written V"
     return list(zip(names, (None, spec.k_bits, spec.v_bits), ours, theirs, strict=True))

@@ -15,7 +15,7 @@ from metal.test_reference import Case, make
 
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kernels import attention, launch, moving, work
+from mlxpage.metal.kernels import attention, latent, launch, moving, work
 from mlxpage.metal.layout import Blocks, Format, PoolKind
 from mlxpage.metal.quantised import dequantised, quantise, quantised_blocks
 
@@ -38,7 +38,7 @@ def fresh_kernels() -> Iterator[None]:
 
 
 def forget(but: tuple = ()) -> None:
-    for module in (attention, launch, moving, work):
+    for module in (attention, latent, launch, moving, work):
         for name, function in vars(module).items():
             if hasattr(function, "cache_clear") and name not in but:
                 function.cache_clear()
@@ -51,11 +51,16 @@ def cut(run_length: int = ONE_RUN, cuda: bool = False) -> Iterator[None]:
     def tiling(*arguments):
         return kernels.tiling(*arguments[:-1], cuda)
 
+    def latent_tiling(*arguments):
+        return kernels.latent_tiling(*arguments[:-1], cuda)
+
     with ExitStack() as stack:
         stack.callback(forget, but=("_kernel",))
         stack.enter_context(patch.object(work, "_run_length", lambda *_: run_length))
         for module in (work, attention):
             stack.enter_context(patch.object(module, "tiling", tiling))
+        for module in (work, latent):
+            stack.enter_context(patch.object(module, "latent_tiling", latent_tiling))
         forget(but=("_kernel",))
         yield
 

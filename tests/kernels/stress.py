@@ -22,6 +22,7 @@ import numpy as np
 import oracle
 import serving
 import tiny_models
+from families import zoo
 
 from mlxpage.metal import choice
 from mlxpage.metal.backend import mx
@@ -36,6 +37,8 @@ OPTIONS = {
     "llama": {"hidden_size": 128},
     "gemma3_text": {"head_dim": 32},
     "gpt_oss": {"head_dim": 32, "num_experts_per_tok": 1},
+    # Latent attention, no experts.
+    "deepseek_v3": {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "first_k_dense_replace": 99},
     "qwen3": {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2},
 }
 LIMITS = {"max_num_seqs": 5, "max_num_batched_tokens": CHUNK}
@@ -110,7 +113,10 @@ def cut_fences() -> Iterator[None]:
 
 def make_model(family: str = "llama") -> Model:
     """One that MLX 0.32.4 can compute on CUDA."""
-    model = tiny_models.make(family, **OPTIONS[family])
+    if family in tiny_models.CONFIGS:
+        model = tiny_models.make(family, **OPTIONS[family])
+    else:
+        model = Model(*zoo.make(family, **OPTIONS[family]))
     model.fetches = False  # as the self-check finds of these
     return model
 

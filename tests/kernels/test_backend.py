@@ -20,7 +20,7 @@ from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels import chunks, launch, pool
 from mlxpage.metal.kernels.work import RunCost
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import Rows
+from mlxpage.metal.layout import Rows, Shape
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
@@ -187,6 +187,34 @@ def test_kernels_that_give_something_else_fail_their_check(file, old, new):
             self_check.check_kernels(model, 16)
 
 
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("latent_attention.metal", "+ i < end ?", "+ i + 1 < end ?"),
+        ("latent_attention.metal", "sum += queries_v[j][e] * elements_v[e];", ""),
+        ("merge_partials.metal", "run < runs; run++", "run + 1 < runs; run++"),
+        ("gather_blocks.metal", "position / BLOCK_SIZE : 0", "0 : 0"),
+    ],
+)
+def test_wrong_latent_attention_fails_its_check(file, old, new):
+    model = stress.make_model("deepseek_v3")
+    assert launch._text(file).count(old) == 1
+    with paging.text_changed(file, old, new):
+        paging.forget()
+        with pytest.raises(UnsupportedModel, match=r"attention of .* differs from the reference"):
+            self_check.check_kernels(model, 16)
+
+
+def test_quantised_latents_are_left_to_the_reference(monkeypatch):
+    model = stress.make_model("deepseek_v3")
+    model.quantise_cache(8, 8)
+    monkeypatch.setattr(choice, "wanted", lambda name: ON_KERNELS)
+    told = []
+    chosen = choice.checked(model, 16, None, told.append)
+    assert chosen.ops is reference and (model.shape, model.fetches) == (Shape.ROWS, False)
+    assert "no kernel reads quantised blocks of latent attention" in told[0]
+
+
 @pytest.mark.parametrize("new", ["at >= first_key", "this is no Metal"])
 def test_broken_kernels_are_told_once_and_the_reference_serves(monkeypatch, new):
     monkeypatch.setattr(choice, "wanted", lambda name: ON_KERNELS)
@@ -297,6 +325,35 @@ def test_a_compiled_step_over_quantised_blocks_writes_its_own_rows(monkeypatch):
         found.append(steps)
     assert found[0] == found[1]
     assert len({str(logits) for logits in found[1]}) == 6
+
+
+def test_a_compiled_step_of_latent_attention_writes_its_own_rows(monkeypatch):
+    """As above."""
+
+    def write(k, v, blocks, slots, after):
+        return slots[:8] + 0 * after[:8]
+
+    def latent_attention(q, q_v, blocks, work, after, **_):
+        out = q * 0 + after[:1].astype(q.dtype).reshape(1, 1, 1, 1)
+        return out + work.inputs[1][2].astype(q.dtype), after
+
+    monkeypatch.setattr(pool, "write", write)
+    monkeypatch.setattr(pool, "latent_attention", latent_attention)
+    found = []
+    for compiles in (True, False):
+        monkeypatch.setattr(kernels, "COMPILES", compiles)
+        model = stress.make_model("deepseek_v3")
+        model.bind(KVCache(model.specs, [8], 16, kernels, fetches=False))
+        steps = []
+        for position in range(1, 7):
+            logits = model(one_row(position))
+            mx.eval(logits, model.cache.written())
+            steps.append(logits)
+        assert bool(model._compiled._functions) == compiles
+        assert model.cache.layers[0].attention.is_latent
+        found.append(np.array(mx.concatenate(steps)))
+    assert np.abs(found[0] - found[1]).max() < 1e-4
+    assert len({str(logits) for logits in found[1].tolist()}) == 6
 
 
 def one_row(position: int) -> Rows:

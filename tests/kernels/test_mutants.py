@@ -15,6 +15,7 @@ import numpy as np
 import paging
 import pytest
 import test_attention
+import test_latent
 import test_moving
 from paging import ONE_RUN, TOLERANCE
 
@@ -22,6 +23,7 @@ from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels import launch
 
 ATTENTION, MERGE, COMMON = "paged_attention.metal", "merge_partials.metal", "common.h"
+LATENT = "latent_attention.metal"
 WRITE, GATHER, COPY = "write_kv.metal", "gather_blocks.metal", "copy_blocks.metal"
 
 # (text, what is there, what stands there instead)
@@ -119,6 +121,23 @@ MUTANTS = [
     (ATTENTION, "TURNED ? i ^ own_query : i", "i"),
     (ATTENTION, "!(TURNED && mask >= QUERY_LANES)", "!TURNED"),
     (ATTENTION, "new_largest = max(new_largest, scores[i]);", ""),
+    (LATENT, "if (first_query >= HEADS) {", "if (first_query > HEADS) {"),
+    (LATENT, "step + own_key + i < end ?", "step + own_key + i <= end ?"),
+    (LATENT, "float(q_v[query * V_DIM + element]) * mlxpage::LOG2_E;", "float(q_v[query * V_DIM + element]) * scale;"),
+    (LATENT, "sum += queries_v[j][e] * elements_v[e];", ""),
+    (LATENT, "sum += queries_v[j][e] * elements_v[e];", "sum += queries_v[0][e] * elements_v[e];"),
+    (LATENT, "int next_key = min(begin + key_group * KEYS, last_rows);", "int next_key = begin + key_group * KEYS;"),
+    (LATENT, "next_key = min(next_key + STEP, last_rows);\nnext_block = table[next_key / BLOCK_SIZE];\n}", "next_key = min(next_key + STEP, last_rows);\n}"),
+    (LATENT, "total *= factor;", ""),
+    (LATENT, "sums[i][j] *= of_query;", ""),
+    (LATENT, "if (simd_any(step_largest > largest + MARGIN)) {", "if (step_largest > largest + MARGIN) {"),
+    (LATENT, "sum += simd_shuffle_xor(sum, ushort(mask));", ""),
+    (LATENT, "for (int mask = COPIES; mask < QUERY_LANES; mask *= 2) {", "for (int mask = 1; mask < QUERY_LANES; mask *= 2) {"),
+    (LATENT, "score / OWN * COPIES);", "score / OWN);"),
+    (LATENT, "long(SPLIT ? partial_start : row_start) * HEADS", "long(row_start) * HEADS"),
+    (LATENT, "stats[at * 2 + 1] = total;", "stats[at * 2 + 1] = all;\nstats[at * 2 + 2] = all;"),
+    (LATENT, "if (simd_lane == i * QUERY_LANES) {", "if (simd_lane == 0) {"),
+    (LATENT, "step < end; step += STEP", "step + STEP < end; step += STEP"),
 ]  # fmt: skip
 
 
@@ -174,9 +193,19 @@ def check_moving() -> None:
     test_moving.test_elements_that_are_all_alike_are_kept(8, F32)
 
 
+def check_latent() -> None:
+    test_latent.check([1, 16, 90], (F32, F32), 8, 64, 32)
+    test_latent.check([1, 33], (BF16, BF16), 20, 64, 64)
+    test_latent.check([40, 100], (F16, F16), 4, 64, 32, cuda=True)
+    test_latent.check([1, 40], (BF16, BF16), 4, 32, 16, cuda=True)
+    test_latent.check([17, 70], (F32, F32), 3, 32, 16, run=32, cuda=True)
+    test_latent.check([90, 150], (F32, BF16), 8, 64, 128, run=48, scale=30.0)
+
+
 def check() -> None:
     check_moving()
     check_attention()
+    check_latent()
 
 
 def test_the_texts_as_they_are_pass():
@@ -186,12 +215,12 @@ def test_the_texts_as_they_are_pass():
 def test_the_cases_run_every_line_of_every_text():
     with metal_sim.coverage() as covered:
         check()
-    assert len(covered.files) == 10, "five bodies, each with a header"
+    assert len(covered.files) == 12, "six bodies, each with a header"
     # The header is common to all, so what one of them runs is run.
     headers = {file for file in covered.files if file.endswith(".h.metal")}
     missing = covered.missing()
     by_line = Counter(line.line for line in missing if line.file in headers)
-    never = [line for line in missing if line.file not in headers or by_line[line.line] == 5]
+    never = [line for line in missing if line.file not in headers or by_line[line.line] == 6]
     assert not never, covered.report()
 
 

@@ -16,7 +16,7 @@ from mlxpage.metal.backend import mx
 from mlxpage.sampling_params import SamplingParams
 
 ON_A_GPU = mx.metal.is_available() or mx.cuda.is_available()
-FAMILIES = ["llama", "gemma3_text", "gpt_oss"]
+FAMILIES = ["llama", "gemma3_text", "gpt_oss", "deepseek_v3"]
 
 
 @pytest.fixture(autouse=True)

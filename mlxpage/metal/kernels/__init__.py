@@ -8,9 +8,10 @@ On a GPU nothing but these kernels touches a pool.
 """
 
 from mlxpage.metal.kernels.attention import paged_attention
+from mlxpage.metal.kernels.latent import latent_attention
 from mlxpage.metal.kernels.moving import copy_blocks, gather, write
 from mlxpage.metal.kernels.pool import COMPILES, LOOK_AHEAD, Pool, Step
-from mlxpage.metal.kernels.work import plan_work, run_cost, tiling
+from mlxpage.metal.kernels.work import latent_cost, latent_tiling, plan_work, run_cost, tiling
 
 __all__ = [
     "COMPILES",
@@ -19,6 +20,9 @@ __all__ = [
     "Step",
     "copy_blocks",
     "gather",
+    "latent_attention",
+    "latent_cost",
+    "latent_tiling",
     "paged_attention",
     "plan_work",
     "run_cost",

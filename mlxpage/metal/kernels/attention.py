@@ -90,7 +90,12 @@ def _attention_launches(queries, kind: PoolKind, work) -> tuple[Launch, Launch |
     )
     if not partial_rows:
         return attend, None
+    return attend, merge_launch(rows, heads, v_dim, dtype, has_sinks)
+
+
+def merge_launch(rows: int, heads: int, v_dim: int, dtype: mx.Dtype, has_sinks: bool) -> Launch:
+    """Puts the partial results of rows together."""
     template = {"T": dtype, "HEADS": heads, "V_DIM": v_dim, "SINKS": has_sinks, "SIMD_GROUPS": 4}
     threadgroups = -(-rows * heads // 4)
     out = (rows, heads, 1, v_dim), dtype
-    return attend, launch("merge_partials", template, (threadgroups * 128, 1, 1), 128, out)
+    return launch("merge_partials", template, (threadgroups * 128, 1, 1), 128, out)

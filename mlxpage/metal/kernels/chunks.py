@@ -106,10 +106,15 @@ def attend_chunk(
     fence: mx.array,
     *,
     scale: float,
-    sinks: mx.array | None,
+    sinks: mx.array | None = None,
+    q_v: mx.array | None = None,
 ) -> mx.array:
-    """Attention of a chunk's rows `q` (rows, heads, 1, k_dim): (rows, heads, 1, v_dim)."""
+    """Attention of a chunk's rows `q` (rows, heads, 1, k_dim): (rows, heads, 1, v_dim). With `q_v`
+    (rows, heads, 1, v_dim) it's latent attention, of k_dim."""
     k, v = gather(blocks, chunk.tables, chunk.lengths, chunk.shape, fence)
+    if q_v is not None:
+        q, scale = mx.concatenate([q * scale, q_v], axis=-1), 1.0
+        k, v = mx.concatenate([k, v], axis=-1), k
     if chunk.pieces is not None:
         q = q.transpose(2, 1, 0, 3)
         outs = [

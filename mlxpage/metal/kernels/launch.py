@@ -49,6 +49,10 @@ _SIGNATURES = {
         "q, k, v, k_pool, v_pool, block_tables, work, ints, floats, sinks, after",
         "out, stats",
     ),
+    "latent_attention": (
+        "q, q_v, k_pool, v_pool, block_tables, work, ints, floats, after",
+        "out, stats",
+    ),
     "merge_partials": (
         "partials, stats, owners, row_starts, partial_starts, sinks, ints",
         "out",

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mlxpage.errors import UnsupportedModel
 from mlxpage.metal import layout, reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kernels.attention import paged_attention
 from mlxpage.metal.kernels.chunks import Chunk, attend_chunk, plan_chunks
+from mlxpage.metal.kernels.latent import latent_attention
 from mlxpage.metal.kernels.launch import LEAST, padded
 from mlxpage.metal.kernels.moving import copy_blocks, gather, write
 from mlxpage.metal.kernels.upload import upload
-from mlxpage.metal.kernels.work import RunCost, Work, plan_work, run_cost
+from mlxpage.metal.kernels.work import RunCost, Work, latent_cost, plan_work, run_cost
 from mlxpage.metal.layout import Attention, Blocks, LayerSpec, PoolKind
 
 LOOK_AHEAD = 1
@@ -67,8 +67,9 @@ class Step(layout.Step):
 
     def prepare(self, kind: PoolKind, attention: Attention) -> None:
         """Makes the metadata that layers with such pools will take, which attend so."""
-        self.work(attention.window, run_cost(kind, attention.heads))
-        if kind.is_quantised:
+        cost = latent_cost if attention.is_latent else run_cost
+        self.work(attention.window, cost(kind, attention.heads))
+        if not _may_append(kind):
             self.slots(0)
 
     def signature(self) -> tuple:
@@ -160,12 +161,11 @@ class Pool(layout.Pool):
     def write(
         self, step: Step, k: mx.array, v: mx.array, after: mx.array | None, *, is_read: bool
     ) -> None:
-        """k and v: (T, kv_heads, 1, head_dim). Unless the model reads them as arrays, `is_read`,
-        or the pool is quantised, those of single rows are written by their own attention: a launch
-        less."""
+        """k and v: (T, kv_heads, 1, head_dim). If they may be, those of single rows are written by
+        their own attention, a launch less; not if the model reads them as arrays, `is_read`."""
         # Norms in float32 make such K of models whose V has 16 bits.
         k, v = k.astype(self.kind.k.dtype), v.astype(self.kind.v.dtype)
-        appended = 0 if is_read or self.kind.is_quantised else step.rows.num_decoding
+        appended = step.rows.num_decoding if _may_append(self.kind) and not is_read else 0
         self._new = (k[:appended], v[:appended]) if appended else None
         self.fence = self.fence if after is None else after
         if appended < len(k):
@@ -218,12 +218,33 @@ class Pool(layout.Pool):
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
     def attend_latent(self, step: Step, q: mx.array, q_v: mx.array, scale: float) -> mx.array:
-        raise UnsupportedModel("no kernel computes latent attention yet")
+        """q (T, heads, 1, k_dim) and q_v (T, heads, 1, v_dim) -> (T, heads, 1, k_dim)"""
+        dtype = mx.result_type(q.dtype, self.kind.k.dtype)
+        q, q_v = q.astype(dtype), q_v.astype(dtype)
+        rows, heads = q.shape[:2]
+        decoding = step.rows.num_decoding
+        written = self.fence
+        outs = []
+        if decoding:
+            work = step.work(None, latent_cost(self.kind, heads))
+            now = q[:decoding], q_v[:decoding], self._blocks, work, written
+            out, self.fence = latent_attention(*now, scale=scale)
+            outs.append(out)
+        if decoding < rows:
+            for chunk in step.chunks(None, self._most_scores(heads)):
+                part, of_v = q[chunk.rows], q_v[chunk.rows]
+                outs.append(attend_chunk(part, self._blocks, chunk, written, scale=scale, q_v=of_v))
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
     def _most_scores(self, heads: int) -> int:
         k, v = self.kind.k, self.kind.v
         is_fused = k.dtype.size == 2 and k.head_dim == v.head_dim in (64, 80, 128)
         return 2**40 if is_fused else max(1, reference.MAX_SCORES // heads)
+
+
+def _may_append(kind: PoolKind) -> bool:
+    """Whether rows may be written by their own attention."""
+    return not (kind.is_quantised or kind.may_be_latent)
 
 
 def _independent(pairs: list[list[int]]) -> list[list[list[int]]]:

@@ -84,6 +84,50 @@ def _load_width(part: Format, lanes: int) -> int:
     return math.gcd(words, 4) * 32 // part.element_bits
 
 
+class LatentTiling(NamedTuple):
+    """How latent_attention divides its work; the names are those of its text."""
+
+    queries: int
+    lanes: int
+    keys: int
+    k_width: int
+    v_width: int
+    simd_groups: int
+
+    def passes(self, heads: int) -> int:
+        """Threadgroups of a run of keys."""
+        return -(-heads // (self.queries * self.simd_groups))
+
+
+@cache
+def latent_tiling(kind: PoolKind, heads: int, cuda: bool) -> LatentTiling:
+    """Raises UnsupportedModel for a pool that the kernel can't read."""
+    k, v = kind.k, kind.v
+    if kind.is_quantised:
+        raise UnsupportedModel("no kernel reads quantised blocks of latent attention")
+    if kind.kv_heads != 1:
+        raise UnsupportedModel(f"latent attention has {kind.kv_heads} heads of K and V")
+    lanes = next((n for n in (32, 16, 8, 4) if not (k.row_words % n or v.row_words % n)), None)
+    if lanes is None:
+        raise UnsupportedModel(
+            f"a latent of {k.head_dim} and {v.head_dim} elements takes {k.row_words} and "
+            f"{v.row_words} words, which are not multiples of 4, as its kernel needs"
+        )
+    # Floats of queries and sums; words on their way. For Apple's GPUs a guess.
+    floats, loads, most_groups = (144, 40, 1) if cuda else (72, 18, 4)
+    queries = 1
+    each = (2 * k.head_dim + v.head_dim) // lanes
+    while queries < min(4, lanes) and heads % (2 * queries) == 0 and 2 * queries * each <= floats:
+        queries *= 2
+    keys, share = 1, (k.row_words + v.row_words) // lanes
+    while keys < min(8, kind.block_size) and 2 * keys * share <= loads and keys * queries <= 16:
+        keys *= 2
+    simd_groups = min(most_groups, heads // queries)
+    return LatentTiling(
+        queries, lanes, keys, _load_width(k, lanes), _load_width(v, lanes), simd_groups
+    )
+
+
 class RunCost(NamedTuple):
     """What a run of keys costs, when each sequence has a single row."""
 
@@ -97,6 +141,13 @@ def run_cost(kind: PoolKind, heads: int) -> RunCost:
     shape = tiling(kind.k, kind.v, group, kind.block_size, on_cuda())
     passes = -(-group // shape.queries)
     return RunCost(kind.kv_heads * passes, kind.k.nbytes + kind.v.nbytes, shape.queries)
+
+
+def latent_cost(kind: PoolKind, heads: int) -> RunCost:
+    shape = latent_tiling(kind, heads, on_cuda())
+    # Of each element of K there is a product for the scores and one for the values.
+    queries = shape.queries * shape.simd_groups * 3 // 2
+    return RunCost(shape.passes(heads), kind.k.nbytes + kind.v.nbytes, queries)
 
 
 class Work(NamedTuple):
