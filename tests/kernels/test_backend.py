@@ -321,7 +321,7 @@ def test_a_compiled_step_over_quantised_blocks_writes_its_own_rows(monkeypatch):
             logits = model(one_row(position))
             mx.eval(logits, model.cache.written())
             steps.append(logits.tolist())
-        assert bool(model._compiled._functions) == compiles
+        assert bool(model._compiled._functions) == compiles and model._compiled.error is None
         found.append(steps)
     assert found[0] == found[1]
     assert len({str(logits) for logits in found[1]}) == 6
@@ -349,7 +349,7 @@ def test_a_compiled_step_of_latent_attention_writes_its_own_rows(monkeypatch):
             logits = model(one_row(position))
             mx.eval(logits, model.cache.written())
             steps.append(logits)
-        assert bool(model._compiled._functions) == compiles
+        assert bool(model._compiled._functions) == compiles and model._compiled.error is None
         assert model.cache.layers[0].attention.is_latent
         found.append(np.array(mx.concatenate(steps)))
     assert np.abs(found[0] - found[1]).max() < 1e-4
@@ -387,6 +387,7 @@ class Recorder:
         for module, name in (
             (pool, "write"),
             (pool, "paged_attention"),
+            (pool, "latent_attention"),
             (pool, "gather"),
             (chunks, "gather"),
         ):
@@ -402,9 +403,13 @@ class Recorder:
     def noting(self, name, call):
         def noted(*args, **options):
             result = call(*args, **options)
-            blocks = args[{"write": 2, "paged_attention": 1, "gather": 0}[name]]
-            taken = args[3] if name == "paged_attention" else args[4]
-            given = {"write": result, "paged_attention": result[1], "gather": None}[name]
+            at, taken, given = {
+                "write": (2, args[4:5], result),
+                "paged_attention": (1, args[3:4], result[1]),
+                "latent_attention": (2, args[4:5], result[1]),
+                "gather": (0, args[4:5], None),
+            }[name]
+            blocks, (taken,) = args[at], taken
             kind = "append" if options.get("new") is not None else name
             self.calls.append((kind, id(blocks.k), taken, given))
             return result
@@ -412,11 +417,19 @@ class Recorder:
         return noted
 
 
-@pytest.mark.parametrize("fetches, bits", [(False, None), (True, None), (False, 8)])
+@pytest.mark.parametrize(
+    "family, fetches, bits",
+    [
+        ("llama", False, None),
+        ("llama", True, None),
+        ("llama", False, 8),
+        ("deepseek_v3", False, None),
+    ],
+)
 def test_every_read_comes_after_its_layers_write_and_every_write_after_the_last_step(
-    monkeypatch, fetches, bits
+    monkeypatch, family, fetches, bits
 ):
-    model = tiny_models.make("llama", hidden_size=128)
+    model = stress.make_model(family)
     model.quantise_cache(bits, bits)
     monkeypatch.setattr(kernels, "COMPILES", False)  # a trace has other arrays
     served = engine(model, ON_KERNELS)
@@ -440,9 +453,9 @@ def test_every_read_comes_after_its_layers_write_and_every_write_after_the_last_
         if given is not None:
             fences.setdefault(k_pool, []).append(given)
     assert kinds["end"] > 3 and kinds["write"] and kinds["gather"]
-    apart = fetches or bits
-    assert kinds["paged_attention" if apart else "append"]
-    assert not kinds["append" if apart else "paged_attention"]
+    read = "paged_attention" if fetches or bits else "append"
+    read = "latent_attention" if family == "deepseek_v3" else read
+    assert {read, "write", "gather", "end"} == {*kinds}
 
 
 def test_what_a_step_evaluates_holds_every_fence_and_what_comes_after_its_reads():
