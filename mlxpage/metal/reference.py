@@ -421,7 +421,8 @@ def paged_attention(
     Returns:
         (T, heads, value head_dim), of latent attention (T, heads, head_dim).
     """
-    dtype, is_latent = q.dtype, q_v is not None
+    dtype = mx.result_type(q.dtype, blocks.kind.k.dtype)  # as MLX has it
+    is_latent = q_v is not None
     if is_latent:
         wide = mx.float32 if mx.default_device() == mx.cpu else dtype
         q, scale = mx.concatenate([q.astype(wide) * scale, q_v.astype(wide)], axis=-1), 1.0

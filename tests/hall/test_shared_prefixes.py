@@ -32,6 +32,10 @@ WITH_STATES = ["qwen3_next", "falcon_h1", "mamba2"]
 LOGPROB_ERROR = 2e-3
 
 
+def backend_of(model):
+    return choice.REFERENCE if model.state_specs else BACKEND
+
+
 @functools.cache
 def tiny(family):
     if family in WITH_STATES:
@@ -106,7 +110,8 @@ class Case:
 
     def alone(self, model):
         """Without a cache, in a pool that holds everything."""
-        engine = serving.engine(model, num_blocks=64, backend=BACKEND, prefix_cache=False)
+        backend = backend_of(model)
+        engine = serving.engine(model, num_blocks=64, backend=backend, prefix_cache=False)
         params = SamplingParams(temperature=0, max_tokens=self.new, logprobs=2)
         return [out for wave in self.waves for out in serving.serve(engine, wave, params)]
 
@@ -130,7 +135,8 @@ class Case:
     def engine(self, model, folder: str):
         options = {"block_size": self.block_size}
         tier = serving.disk_tier(folder, model, **options) if self.has_disk else None
-        engine = serving.engine(model, tier=tier, backend=BACKEND, **options, **self.limits)
+        options["backend"] = backend_of(model)
+        engine = serving.engine(model, tier=tier, **options, **self.limits)
         if self.resizes:
             make_elastic(engine)
         return engine
