@@ -104,7 +104,7 @@ def _backend(loaded: Model, block_size: int, why_not_rows: str | None) -> str:
         return f"reference, on a GPU too ({reason or 'kernels serve rows alone'})"
     wanted = choice.wanted()
     backend = choice.proven(wanted, lambda: self_check.check_kernels(loaded, block_size))
-    on_a_gpu = "; kernels serve it on a GPU" if device().kind == "cpu" else ""
+    on_a_gpu = "; kernels serve it on a GPU" if wanted.ops is choice.REFERENCE.ops else ""
     return f"{backend.name} ({backend.why}{on_a_gpu})"
 
 
