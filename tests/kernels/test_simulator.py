@@ -635,6 +635,21 @@ def test_two_threads_that_write_the_same_element_of_a_declared_input_race():
         run(WRITE, inputs, template=[("T", mx.float32)])
 
 
+def test_an_array_that_is_given_twice_is_the_same_memory_twice():
+    """As a GPU has it: who reads it as the one and writes it as the other races with itself."""
+    source = """
+      uint i = thread_position_in_grid.x;
+      ((device float*)pool)[i] = other[63 - i] + 1.0f;
+      y[i] = 1.0f;
+    """
+    pool = mx.zeros(64)
+    with metal_sim.options(writable=("pool",)):
+        run(source, {"other": mx.ones(64), "pool": pool})
+        assert mx.array_equal(pool, mx.full(64, 2.0))
+        with pytest.raises(metal_sim.KernelFault, match=r"race: (read|write) of '(pool|other)'"):
+            run(source, {"other": pool, "pool": pool})
+
+
 def test_a_declared_input_that_mlx_would_copy_is_refused():
     inputs = {"pool": mx.ones((64, 2)).T, "slots": mx.zeros(64, mx.int32), "values": mx.zeros(64)}
     with (

@@ -186,8 +186,14 @@ class _Launch:
         self.runtime.sim_object(self.loaded.start, self.loaded.end)
         arguments = (ctypes.c_uint64 * 32)()
         self._unbound(arguments)
-        for index, buffer in self.buffers.items():
-            arguments[index] = self.addresses[index] = self._register(buffer)
+        # An array that is given twice is the same memory twice, as on a GPU: what is written to it
+        # as the one is read as the other.
+        memory: dict[tuple[int, int], int] = {}
+        for index, buffer in sorted(self.buffers.items(), key=lambda each: not each[1].writable):
+            key = buffer.address, buffer.size
+            if key not in memory or not buffer.size:
+                memory[key] = self._register(buffer)
+            arguments[index] = self.addresses[index] = memory[key]
         run = _Run(
             entry=self.loaded.entry.value,
             arguments=ctypes.addressof(arguments),
