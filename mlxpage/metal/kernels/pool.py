@@ -199,41 +199,45 @@ class Pool(layout.Pool):
 
     def attend(self, step: Step, q: mx.array, window: int | None, scale: float, sinks) -> mx.array:
         """q (T, heads, 1, k_dim) -> (T, heads, 1, v_dim)"""
-        dtype = self.kind.k.dtype
-        q = q.astype(mx.result_type(q.dtype, dtype))  # the type of the results too, as MLX has it
-        rows, heads = q.shape[:2]
-        decoding = step.rows.num_decoding
-        written = self.fence
-        outs = []
-        if decoding:
+        # The type of the results too, as MLX has it.
+        q = q.astype(mx.result_type(q.dtype, self.kind.k.dtype))
+        heads, options = q.shape[1], {"scale": scale, "sinks": sinks}
+
+        def decode(rows: slice, written: mx.array):
             work = step.work(window, run_cost(self.kind, heads))
-            options = {"scale": scale, "sinks": sinks, "new": self._new}
-            out, self.fence = paged_attention(q[:decoding], self._blocks, work, written, **options)
-            self._new = None
-            outs.append(out)
-        if decoding < rows:
-            for chunk in step.chunks(window, self._most_scores(heads)):
-                part, options = q[chunk.rows], {"scale": scale, "sinks": sinks}
-                outs.append(attend_chunk(part, self._blocks, chunk, written, **options))
-        return outs[0] if len(outs) == 1 else mx.concatenate(outs)
+            return paged_attention(q[rows], self._blocks, work, written, new=self._new, **options)
+
+        def attend(chunk: Chunk, written: mx.array):
+            return attend_chunk(q[chunk.rows], self._blocks, chunk, written, **options)
+
+        return self._attended(step, len(q), window, heads, decode, attend)
 
     def attend_latent(self, step: Step, q: mx.array, q_v: mx.array, scale: float) -> mx.array:
         """q (T, heads, 1, k_dim) and q_v (T, heads, 1, v_dim) -> (T, heads, 1, k_dim)"""
         dtype = mx.result_type(q.dtype, self.kind.k.dtype)
-        q, q_v = q.astype(dtype), q_v.astype(dtype)
-        rows, heads = q.shape[:2]
-        decoding = step.rows.num_decoding
-        written = self.fence
+        q, q_v, heads = q.astype(dtype), q_v.astype(dtype), q.shape[1]
+
+        def decode(rows: slice, written: mx.array):
+            work = step.work(None, latent_cost(self.kind, heads))
+            return latent_attention(q[rows], q_v[rows], self._blocks, work, written, scale=scale)
+
+        def attend(chunk: Chunk, written: mx.array):
+            rows, options = chunk.rows, {"scale": scale, "q_v": q_v[chunk.rows]}
+            return attend_chunk(q[rows], self._blocks, chunk, written, **options)
+
+        return self._attended(step, len(q), None, heads, decode, attend)
+
+    def _attended(self, step: Step, rows: int, window, heads: int, decode, attend) -> mx.array:
+        """The single rows in one launch, and then each chunk: all read what is `written` now."""
+        decoding, written = step.rows.num_decoding, self.fence
         outs = []
         if decoding:
-            work = step.work(None, latent_cost(self.kind, heads))
-            now = q[:decoding], q_v[:decoding], self._blocks, work, written
-            out, self.fence = latent_attention(*now, scale=scale)
+            out, self.fence = decode(slice(decoding), written)
+            self._new = None
             outs.append(out)
         if decoding < rows:
-            for chunk in step.chunks(None, self._most_scores(heads)):
-                part, of_v = q[chunk.rows], q_v[chunk.rows]
-                outs.append(attend_chunk(part, self._blocks, chunk, written, scale=scale, q_v=of_v))
+            chunks = step.chunks(window, self._most_scores(heads))
+            outs += [attend(chunk, written) for chunk in chunks]
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
     def _most_scores(self, heads: int) -> int:
