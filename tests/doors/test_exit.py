@@ -11,7 +11,7 @@ llm = LLM(sys.argv[1], num_blocks=64)
 long = SamplingParams(max_tokens=400, ignore_eos=True)
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit, "another limit of open files"
 """
-ENDS = {
+OF_LLM = {
     "at the end of its code": (0, "", "print(llm.generate('abc', SamplingParams(max_tokens=4)))"),
     "in the middle of a stream that is kept": (
         0,
@@ -48,18 +48,6 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("way", ENDS)
-def test_a_program_that_closes_nothing_ends_as_it_should(python, tiny_folder, way):
-    check(python, tiny_folder, BEGIN, *ENDS[way])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("way", ENDS)
-def test_and_does_so_every_time(python, tiny_folder, way):
-    for _ in range(20):
-        check(python, tiny_folder, BEGIN, *ENDS[way])
-
-
 ASYNC = """
 import asyncio, sys, threading, time
 from mlxpage import AsyncEngine, SamplingParams
@@ -71,7 +59,7 @@ async def first(handle):
         if type(event).__name__ == "Tokens":
             return event
 """
-ASYNC_ENDS = {
+OF_ASYNC_ENGINE = {
     "while the model loads": (0, "", "handle = engine.submit('abc')"),
     "while the model loads, and nobody has asked": (0, "", ""),
     "with a stream that is kept": (
@@ -108,16 +96,20 @@ ASYNC_ENDS = {
 }
 
 
-@pytest.mark.parametrize("way", ASYNC_ENDS)
-def test_and_so_does_one_with_an_engine_for_apps(python, tiny_folder, way):
-    check(python, tiny_folder, ASYNC, *ASYNC_ENDS[way])
+ENDS = {way: (BEGIN, *end) for way, end in OF_LLM.items()}
+ENDS |= {f"an engine for apps, {way}": (ASYNC, *end) for way, end in OF_ASYNC_ENGINE.items()}
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_a_program_that_closes_nothing_ends_as_it_should(python, tiny_folder, way):
+    check(python, tiny_folder, *ENDS[way])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("way", ASYNC_ENDS)
-def test_which_does_so_every_time(python, tiny_folder, way):
+@pytest.mark.parametrize("way", ENDS)
+def test_and_does_so_every_time(python, tiny_folder, way):
     for _ in range(20):
-        check(python, tiny_folder, ASYNC, *ASYNC_ENDS[way])
+        check(python, tiny_folder, *ENDS[way])
 
 
 def check(python, folder, begin: str, code: int, told: str, body: str) -> None:
