@@ -14,11 +14,11 @@ latents read once. `--tune` tries other divisions of the kernel's work. The last
 import argparse
 import json
 import statistics
-import time
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
+from attention import time_chain
 
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import device, mx
@@ -76,17 +76,6 @@ class Case:
         return attend
 
 
-def timed(attend, case, launches: int) -> float:
-    """Microseconds of one of `launches`, each after the other."""
-    q = case.q
-    for i in range(launches):
-        q = attend(q, i)
-    start = time.perf_counter()
-    mx.eval(q)
-    mx.synchronize()
-    return (time.perf_counter() - start) / launches * 1e6
-
-
 @contextmanager
 def tiled(change: dict):
     """The kernel's work is divided otherwise."""
@@ -125,7 +114,7 @@ def measure(context: int, heads: int, tune: bool, launches: int, repeats: int) -
     for _ in range(repeats + 1):  # the first one compiles
         for name, (change, attend) in arms.items():
             with tiled(change):
-                times[name].append(timed(attend, case, launches))
+                times[name].append(time_chain(attend, case, launches))
     medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     return {
         name: {"us": round(us, 1), "GB/s": round(case.nbytes / us / 1e3)}
