@@ -1,6 +1,6 @@
 """`python -m mlxpage` and the command `mlxpage`."""
 
-from mlxpage.cli import main
+from mlxpage.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -72,7 +72,7 @@ def cli(capsys, monkeypatch):
     """cli(*arguments, stdin="") runs the command line in this process."""
     from huggingface_hub import constants
 
-    from mlxpage.cli import run
+    from mlxpage.cli.main import run
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("MLXPAGE_DEBUG", raising=False)

@@ -10,9 +10,10 @@ from families import zoo
 from families.configs import config
 
 import mlxpage
-from mlxpage import cli as command_line
 from mlxpage import describe
 from mlxpage.block_store import BlockStore
+from mlxpage.cli import chat, output
+from mlxpage.cli.main import cli as group
 from mlxpage.metal import choice
 from mlxpage.metal.model import Model
 
@@ -193,10 +194,8 @@ def test_kv_bits_make_a_pool_smaller(cli, tmp_path, bits, share):
 def test_no_color_is_no_color(monkeypatch, no_color, color):
     monkeypatch.setenv("NO_COLOR", no_color)
     asked = []
-    monkeypatch.setattr(
-        command_line.click, "secho", lambda line, **style: asked.append(style["color"])
-    )
-    command_line._say("line", dim=True)
+    monkeypatch.setattr(output.click, "secho", lambda line, **style: asked.append(style["color"]))
+    output.say("line", dim=True)
     assert asked == [color]
 
 
@@ -289,7 +288,7 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(talk, monkeypatch):
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line.click, "echo", interrupted)
+    monkeypatch.setattr(chat.click, "echo", interrupted)
     replies, said = talk("hello", "hello")
     assert [len(reply) for reply in replies] == [3, 6]
     assert said == [" (stopped)"]
@@ -308,14 +307,14 @@ def test_ctrl_c_at_the_prompt_asks_again(talk, monkeypatch):
                 raise line
             return line
 
-    ask = command_line._ask
+    ask = chat._ask
 
     def patched():
         monkeypatch.setattr(sys, "stdin", stdin)
         return ask()
 
     stdin = Stdin()
-    monkeypatch.setattr(command_line, "_ask", patched)
+    monkeypatch.setattr(chat, "_ask", patched)
     replies, said = talk()
     assert len(replies) == 1
     assert said == ["> ", "> > "]
@@ -495,7 +494,7 @@ def test_the_cache_lies_with_the_other_caches(cli, tmp_path, monkeypatch):
 
 
 def commands():
-    return {"": command_line.cli, **command_line.cli.commands}
+    return {"": group, **group.commands}
 
 
 @pytest.mark.parametrize("name", commands())
@@ -511,7 +510,7 @@ def test_every_command_and_option_has_its_help(cli, name):
             assert max(parameter.opts, key=len) in shown.out
         else:
             name = parameter.make_metavar(click.Context(command)).strip("[].")
-            assert name in command.help + command_line.cli.help
+            assert name in command.help + group.help
 
 
 def test_the_version_is_shown(cli):
@@ -520,7 +519,7 @@ def test_the_version_is_shown(cli):
 
 def test_help_loads_nothing_heavy(python):
     shown = python(
-        "import sys; from mlxpage.cli import run; code = run(['--help'])\n"
+        "import sys; from mlxpage.cli.main import run; code = run(['--help'])\n"
         "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)\n"
         "sys.exit(code)"
     )

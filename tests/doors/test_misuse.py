@@ -10,7 +10,7 @@ import pytest
 import tiny_folder as tiny
 from families import configs as families
 
-from mlxpage import cli as command_line
+from mlxpage.cli import generate
 from mlxpage.metal.backend import mx
 
 # -- wrong arguments --
@@ -123,8 +123,6 @@ def refused(ran, code: int, told: str) -> None:
 
 
 def test_no_prompt_on_a_terminal_is_an_error_and_no_waiting(cli, tiny_folder, monkeypatch):
-    from mlxpage import cli as module
-
     class Terminal:
         def isatty(self):
             return True
@@ -132,13 +130,13 @@ def test_no_prompt_on_a_terminal_is_an_error_and_no_waiting(cli, tiny_folder, mo
         def read(self):
             raise AssertionError("nobody types here")
 
-    given = module._given
+    given = generate._given
 
     def on_a_terminal(prompts):
         monkeypatch.setattr("sys.stdin", Terminal())
         return given(prompts)
 
-    monkeypatch.setattr(module, "_given", on_a_terminal)
+    monkeypatch.setattr(generate, "_given", on_a_terminal)
     refused(cli("generate", tiny_folder), 2, "no PROMPT given")
 
 
@@ -386,7 +384,7 @@ def our_mistake(monkeypatch):
     def mistake(*_):
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(command_line, "_prompt_ids", mistake)
+    monkeypatch.setattr(generate, "_prompt_ids", mistake)
 
 
 def test_a_mistake_of_ours_says_how_to_see_more(cli, tiny_folder, our_mistake):

@@ -32,7 +32,7 @@ def slowly(self, batch):
     return compute(self, batch)
 mlxpage.engine.Engine._start = slowly
 """
-MAIN = "from mlxpage.cli import main\nsys.argv[0] = 'mlxpage'\nmain()"
+MAIN = "from mlxpage.cli.main import main\nsys.argv[0] = 'mlxpage'\nmain()"
 
 
 class Process:

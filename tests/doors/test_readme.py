@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import mlxpage
-from mlxpage import cli as command_line
+from mlxpage.cli import main as command_line
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ["mlxpage", *(f"mlxpage {name}" for name in command_line.cli.commands)]
+COMMANDS = ["mlxpage", *(f"mlxpage {name}" for name in command_line.COMMANDS)]
 
 
 def blocks(language: str) -> list[str]:
@@ -43,7 +43,7 @@ def test_no_page_shows_a_command_that_is_not_there():
     assert set(shown_help()) <= set(COMMANDS)
     for page in PAGES:
         for name in re.findall(r"^(?:\$ |    )mlxpage ([a-z]\w*)", page.read_text(), re.MULTILINE):
-            assert name in command_line.cli.commands, f"{page.name}: mlxpage {name}"
+            assert name in command_line.COMMANDS, f"{page.name}: mlxpage {name}"
 
 
 def test_the_python_of_the_readme_runs(smollm2_folder, capsys):

@@ -1,0 +1,40 @@
+"""A model, loaded for a command while people watch."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+
+import mlxpage
+from mlxpage.cli.output import say
+
+
+@contextmanager
+def loaded(model: str, quiet: bool, **options):
+    status = None if quiet else lambda line: say(line, dim=True)
+    with _loading_bar(quiet) as on_loaded:
+        llm = mlxpage.LLM(model, on_status=status, on_loaded=on_loaded, **options)
+    try:
+        if not quiet:
+            say(llm.plan.describe(), dim=True)
+        yield llm
+    except KeyboardInterrupt:
+        raise  # without waiting for the step that is being computed: `main` ends the process
+    except BaseException:
+        llm.close()
+        raise
+    llm.close()
+
+
+@contextmanager
+def _loading_bar(quiet: bool):
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = TextColumn("loading"), BarColumn(), DownloadColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
