@@ -14,9 +14,10 @@ from mlxpage.metal.layout import Blocks, first_readable
 
 _dense_attention = reference.dense_attention
 
-# A launch for each sequence, or one for several, padded: so many scores (rows times keys) take the
-# time of the launches that are saved.
-_SCORES_OF_A_LAUNCH = 2**16
+# A launch for each sequence, or one for several, padded: so many more scores (rows times keys)
+# under a mask take the time of the launches that one sequence less needs (docs/log.md).
+_SCORES_OF_A_LAUNCH = 2**15
+# That exist at once.
 _MOST_PADDED_SCORES = 2**22
 
 
@@ -54,15 +55,15 @@ def plan_chunks(
 
 def _bundles(rows: list[int], keys: list[int]) -> list[tuple[int, int]]:
     """Cuts sequences into runs that are padded and computed together where that costs less."""
-    bundles, begin, own, most_rows, most_keys = [], 0, 0, 0, 0
+    bundles, begin, most_rows, most_keys, scores = [], 0, 0, 0, 0
     for i, (r, k) in enumerate(zip(rows, keys, strict=True)):
         wider, longer = max(most_rows, r), max(most_keys, k)
         padded = (i - begin + 1) * wider * longer
-        saved = (i - begin) * _SCORES_OF_A_LAUNCH
-        if i > begin and padded > min(own + r * k + saved, _MOST_PADDED_SCORES):
+        more = padded - scores
+        if i > begin and (more > _SCORES_OF_A_LAUNCH or padded > _MOST_PADDED_SCORES):
             bundles.append((begin, i))
-            begin, own, wider, longer = i, 0, r, k
-        own, most_rows, most_keys = own + r * k, wider, longer
+            begin, wider, longer, padded = i, r, k, r * k
+        most_rows, most_keys, scores = wider, longer, padded
     return [*bundles, (begin, len(rows))] if rows else []
 
 
