@@ -11,8 +11,9 @@ engine through `Engine.step`; mlx-lm's own caches, as its generation loop drives
 model with attention removed, which is what MLX and mlx-lm alone cost: K and V are computed, and go
 nowhere. Contexts grow during the timed steps, from half their number below the given one to half
 above it. Steps that take far longer than the median come in bursts, in all arms: MLX instantiates
-another CUDA graph. `--profile` adds what the GPU does in a step (with torch, on CUDA). The last
-line is JSON.
+another CUDA graph. `--profile` adds what the GPU does in a step (with torch, on CUDA). The roofline
+is the time that copying takes here for the bytes that a step must read: every weight but the
+embedding's, and each sequence's K and V. The last line is JSON.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import statistics
 import time
 
 import numpy as np
+from attention import copy_speed
 
 from mlxpage.engine import Engine
 from mlxpage.metal import choice, memory
@@ -212,6 +214,13 @@ def without_attention(model, batch, context, steps, profiled=False) -> dict:
         mx.fast.scaled_dot_product_attention = original
 
 
+def roofline_ms(model, batch, context, copy_gb_per_s) -> float:
+    """What a step's bytes take at the speed of a copy."""
+    weights = model.nbytes - model.module.model.embed_tokens.weight.nbytes
+    kv = batch * context * sum(spec.bytes_per_token for spec in model.kv_specs)
+    return (weights + kv) / copy_gb_per_s / 1e6
+
+
 def _loop(forward, batch, computed=()):
     y = mx.zeros((batch, 1), mx.int32)
     previous = None
@@ -293,8 +302,12 @@ def main() -> None:
     backend = choice.checked(model, 16, None, print)
     record = {"device": device().name, "mlx": mx.__version__, "backend": backend.why}
     record |= {"context": args.context, "layers": args.layers, "kv_bits": args.kv_bits}
-    record["batches"] = {}
-    print(f"{device().name}, MLX {mx.__version__}, {model.nbytes / 1e9:.1f} GB of weights")
+    copy = copy_speed()
+    record |= {"copy GB/s": round(copy, 1), "batches": {}}
+    print(
+        f"{device().name}, MLX {mx.__version__}, {model.nbytes / 1e9:.1f} GB of weights, "
+        f"copy {copy:.0f} GB/s"
+    )
     for batch in args.batches:
         shape = batch, args.context, args.steps
         arms = {
@@ -302,6 +315,12 @@ def main() -> None:
             "mlx-lm": mlx_lm(model, *shape, args.profile),
             "no attention": without_attention(model, *shape, args.profile),
         }
+        for name, row in arms.items():
+            context = 0 if name == "no attention" else args.context
+            floor = roofline_ms(model, batch, context, copy)
+            row["of roofline"] = round(floor / row["step ms"], 3)
+        for name in ("mlx-lm", "no attention"):
+            arms["ours"][f"over {name}"] = round(arms[name]["step ms"] / arms["ours"]["step ms"], 3)
         record["batches"][batch] = arms
         for name, row in arms.items():
             print(f"batch {batch:3} {name:13} {row}", flush=True)
