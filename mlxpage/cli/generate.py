@@ -12,7 +12,7 @@ import click
 import mlxpage
 from mlxpage.cli.loading import loaded
 from mlxpage.cli.options import engine_options, read_stdin, sampling_options, split
-from mlxpage.cli.output import say, versions
+from mlxpage.cli.output import answer, say, versions
 from mlxpage.errors import InvalidRequest
 
 
@@ -41,7 +41,7 @@ def command(model, prompts, max_tokens, system, raw, max_num_seqs, as_json, quie
     engine["max_num_seqs"] = min(32, len(prompts)) if max_num_seqs is None else max_num_seqs
     with loaded(model, quiet, **engine) as llm:
         raw = raw or not llm.tokenizer.has_chat_template
-        ids = [_prompt_ids(llm, prompt, system, raw) for prompt in prompts]
+        ids = [prompt_ids(llm, prompt, system, raw) for prompt in prompts]
         started = time.perf_counter()
         outputs = _answer(llm, prompts, ids, params, as_json)
         seconds = time.perf_counter() - started
@@ -61,7 +61,7 @@ def _given(prompts: tuple[str, ...]) -> list[str]:
     return ["-"]
 
 
-def _prompt_ids(llm, prompt: str, system: str | None, raw: bool) -> list[int]:
+def prompt_ids(llm, prompt: str, system: str | None, raw: bool) -> list[int]:
     if raw:
         if system:
             raise InvalidRequest("--system needs a model with a chat template, and no --raw")
@@ -122,21 +122,7 @@ def _generate_record(llm, model, prompts, outputs, seconds, stats, raw) -> dict[
         "model": model,
         "chat_template": not raw,
         "outputs": [
-            {
-                "prompt": prompt,
-                "text": output.text,
-                "finish_reason": output.finish_reason,
-                "usage": {
-                    "prompt_tokens": len(output.prompt_token_ids),
-                    "completion_tokens": len(output.token_ids),
-                    "cached_tokens": output.num_cached_tokens,
-                },
-                "timings": {
-                    "queue_s": round(output.timings.queue_s, 4),
-                    "ttft_s": round(output.timings.ttft_s, 4),
-                    "total_s": round(output.timings.total_s, 4),
-                },
-            }
+            {"prompt": prompt} | answer(output)
             for prompt, output in zip(prompts, outputs, strict=True)
         ],
         "seconds": round(seconds, 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import mlxpage
@@ -10,10 +11,12 @@ from mlxpage.cli.output import say
 
 
 @contextmanager
-def loaded(model: str, quiet: bool, **options):
+def loaded(model: str, quiet: bool, load: Callable | None = None, **options):
+    """A model in an `LLM`, or in what `load` makes of it."""
+    load = load or mlxpage.LLM
     status = None if quiet else lambda line: say(line, dim=True)
     with _loading_bar(quiet) as on_loaded:
-        llm = mlxpage.LLM(model, on_status=status, on_loaded=on_loaded, **options)
+        llm = load(model, on_status=status, on_loaded=on_loaded, **options)
     try:
         if not quiet:
             say(llm.plan.describe(), dim=True)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import mlxpage
+from mlxpage.outputs import RequestOutput
 
 
 def say(line: str, **style: Any) -> None:
@@ -28,6 +29,24 @@ def forget_output() -> None:
     """The interpreter flushes stdout once more when it ends, and must not fail on it again."""
     with suppress(OSError, AttributeError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def answer(output: RequestOutput) -> dict[str, Any]:
+    """A generation, as JSON has it."""
+    return {
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "usage": {
+            "prompt_tokens": len(output.prompt_token_ids),
+            "completion_tokens": len(output.token_ids),
+            "cached_tokens": output.num_cached_tokens,
+        },
+        "timings": {
+            "queue_s": round(output.timings.queue_s, 4),
+            "ttft_s": round(output.timings.ttft_s, 4),
+            "total_s": round(output.timings.total_s, 4),
+        },
+    }
 
 
 def versions() -> dict[str, str]:

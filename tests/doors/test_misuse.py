@@ -384,7 +384,7 @@ def our_mistake(monkeypatch):
     def mistake(*_):
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(generate, "_prompt_ids", mistake)
+    monkeypatch.setattr(generate, "prompt_ids", mistake)
 
 
 def test_a_mistake_of_ours_says_how_to_see_more(cli, tiny_folder, our_mistake):
