@@ -17,8 +17,8 @@ from mlxpage.errors import MlxpageError
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-COMMANDS = ["cache", "chat", "generate", "info"]
-"""Each is `command` in the module of its name."""
+COMMANDS = ["batch", "cache", "chat", "generate", "info"]
+"""Each is `command` in the module of its name, and returns its exit code or nothing."""
 
 
 def main() -> None:
@@ -40,9 +40,9 @@ def run(arguments: list[str]) -> int:
     """Runs a command; returns the exit code (`mlxpage.errors` has the table). Ctrl-C goes through,
     as click's `Abort`."""
     try:
-        cli.main(arguments, prog_name="mlxpage", standalone_mode=False)
+        code = cli.main(arguments, prog_name="mlxpage", standalone_mode=False)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.Abort:

@@ -67,6 +67,10 @@ def test_every_key_of_the_json_is_explained(cli, tiny_folder):
     for command in (["generate", tiny_folder, "hello", "-n", "2"], ["info", tiny_folder]):
         record = json.loads(cli(*command, "--json").out)
         explained(record)
+    asked = '{"id": 1, "prompt": "a", "max_tokens": 1, "n": 2, "logprobs": 1, "metadata": 1}\n{'
+    for line in cli("batch", tiny_folder, "-", stdin=asked).out.splitlines():
+        record = json.loads(line)
+        explained(record)
 
 
 def test_every_exit_code_is_explained():
