@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
-from attention import time_chain
 
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import device, mx
 from mlxpage.metal.kernels import latent, work
 from mlxpage.metal.kernels.pool import as_input
 from mlxpage.metal.layout import Blocks, Format, PoolKind
+from mlxpage.metal.timing import time_chain
 
 SIZES, BLOCK_SIZE, BATCH = (512, 64), 16, 32
 KIND = PoolKind(1, BLOCK_SIZE, *(Format(size, mx.bfloat16) for size in SIZES))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -370,6 +371,67 @@ def check_attention(
                     f"{what} of {spec} differs from the reference by {difference:.2g}, where "
                     f"{limit:.2g} is rounding"
                 )
+
+
+def check_copies(spec: LayerSpec = COMMON[0], block_size: int = 16, seed: int = 0) -> None:
+    """Compares copies of blocks, of which some are targets after they were sources, with those of
+    the reference: they may not differ at all. Raises UnsupportedModel."""
+    num_blocks = 8
+    pairs = np.array([[1, 5], [2, 6], [3, 1], [4, 3]], np.int32)
+    pools = [backend.Pool(spec, num_blocks, block_size) for backend in (kernels, reference)]
+    before = list(_random_blocks(pools[0].kind, num_blocks, np.random.default_rng(seed)))
+    for pool in pools:
+        pool.fill(*(array + 0 for array in before))
+        mx.eval(pool.arrays())
+        pool.copy(pairs, None)
+        mx.eval(pool.arrays(), pool.written())
+    for name, ours, theirs in zip("KV", *(pool.held() for pool in pools), strict=True):
+        if not mx.array_equal(ours, theirs).item():
+            raise UnsupportedModel(f"copied blocks of {name} of {spec} are not what they were")
+
+
+def _case(spec: LayerSpec, attention: Attention = COMMON[1], **options) -> Callable[[], None]:
+    return partial(check_attention, spec, attention, **options)
+
+
+# Every kernel, in shapes that many models have between them; each case raises UnsupportedModel.
+CASES: dict[str, Callable[[], None]] = {
+    "8 x 128, float16": check_attention,
+    "3 x 64, bfloat16": _case(
+        LayerSpec(None, 3, 64, 64, mx.bfloat16), Attention(9, mx.bfloat16, None, 0.125, False)
+    ),
+    "2 x 80, float32, blocks of 32": _case(
+        LayerSpec(None, 2, 80, 80, mx.float32),
+        Attention(2, mx.float32, None, 0.1118, False),
+        block_size=32,
+    ),
+    "1 x 256, a window": _case(
+        LayerSpec(512, 1, 256, 256, mx.bfloat16), Attention(4, mx.bfloat16, 512, 0.0625, False)
+    ),
+    "8 x 64, a window and sinks": _case(
+        LayerSpec(128, 8, 64, 64, mx.bfloat16), Attention(64, mx.bfloat16, 128, 0.125, True)
+    ),
+    "K in 8 bits": _case(replace(COMMON[0], k_bits=8)),
+    "K in 8 bits, V in 4": _case(replace(COMMON[0], k_bits=8, v_bits=4)),
+    "latent, 512 and 64": _case(
+        LayerSpec(None, 1, 512, 64, mx.bfloat16),
+        Attention(16, mx.bfloat16, None, 0.0722, False, is_latent=True),
+    ),
+    "K and V read as arrays": _case(COMMON[0], is_read=True),
+    "copies of blocks": check_copies,
+}
+
+
+def run_cases() -> dict[str, str | None]:
+    """What is wrong in each of `CASES`; None if nothing is."""
+    results: dict[str, str | None] = {}
+    for name, check in CASES.items():
+        try:
+            check()
+            results[name] = None
+        except Exception as error:  # whatever a compiler or a GPU has to say
+            results[name] = " ".join(str(error).split())[:300] or type(error).__name__
+    return results
 
 
 def _narrowed(spec: LayerSpec, attention: Attention) -> tuple[LayerSpec, Attention]:
