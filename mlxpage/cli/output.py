@@ -14,9 +14,13 @@ import mlxpage
 from mlxpage.outputs import RequestOutput
 
 
+def color() -> bool | None:
+    """Whether to colour lines, as click takes it; None: on a terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def say(line: str, **style: Any) -> None:
-    color = False if os.environ.get("NO_COLOR") else None
-    click.secho(line, err=True, color=color, **style)
+    click.secho(line, err=True, color=color(), **style)
 
 
 def show_error(message: str, error: Exception) -> None:

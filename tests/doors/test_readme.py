@@ -64,7 +64,8 @@ def test_every_key_of_the_json_is_explained(cli, tiny_folder):
             if isinstance(inner, dict):
                 explained(inner)
 
-    for command in (["generate", tiny_folder, "hello", "-n", "2"], ["info", tiny_folder]):
+    asking = ["generate", tiny_folder, "hello", "-n", "2"]
+    for command in (asking, ["info", tiny_folder], ["doctor"]):
         record = json.loads(cli(*command, "--json").out)
         explained(record)
     asked = '{"id": 1, "prompt": "a", "max_tokens": 1, "n": 2, "logprobs": 1, "metadata": 1}\n{'

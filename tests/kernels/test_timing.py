@@ -5,7 +5,10 @@ import numpy as np
 import paging
 import pytest
 
+from mlxpage import acceptance
+from mlxpage.cli import report
 from mlxpage.metal import self_check, timing
+from mlxpage.metal.backend import Device
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +73,20 @@ def test_arms_are_timed_in_turns_and_the_first_turn_does_not_count():
     assert [len(times[name]) for name in "ab"] == [3, 3]
     summary = timing.summary([1.0, 2.0, 3.0], 4000)
     assert (summary["us"], summary["GB/s"]) == (2.0, 2.0)
+
+
+def test_a_report_times_the_kernels_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(acceptance, "device", lambda: Device("metal", "a GPU", 10**9, 10**9))
+    monkeypatch.setattr(timing, "ROTATION", 0)
+    monkeypatch.setattr(timing, "copy_speed", lambda *_: 99.96)
+    monkeypatch.setattr(acceptance, "ATTENTION_SHAPES", {"2 x 20": (2, 20, 2, 1, 64, 16)})
+    monkeypatch.setattr(self_check, "CASES", {"one": lambda: None})
+    assert acceptance.kernels() == {"cases": {"one": None}}
+    found = acceptance.attention(repeats=2, launches=1)
+    assert found["copy_gb_s"] == 100.0
+    arms = found["shapes"]["2 x 20"]
+    assert set(arms) == {"mlxpage", "gather + MLX", "MLX, contiguous"}
+    assert all(arm["us"] > 0 and arm["GB/s"] >= 0 for arm in arms.values())
+    parts = {"kernels": acceptance.kernels(), "attention": found}
+    record = {"created": "", "seconds": 1, "is_complete": True, "failures": [], "checks": []}
+    assert "| 2 x 20 | gather + MLX | " in report.page(record | {"parts": parts})
