@@ -39,6 +39,7 @@ def check_options(
     seed: int | None = None,
     trim_after: float | None = None,
     memory_pressure: bool = False,
+    monitor: bool = False,
     max_inter_token_ms: float | None = None,
 ) -> None:
     """Raises InvalidRequest for what no model can be loaded with."""
@@ -55,6 +56,7 @@ def check_options(
             "cache_dir and cache_disk keep the prefix cache on a disk; prefix_cache is False"
         )
     check_bool("memory_pressure", memory_pressure)
+    check_bool("monitor", monitor)
     check_seconds("trim_after", trim_after)
     if max_inter_token_ms is not None and not (
         type(max_inter_token_ms) in (int, float) and 0 < max_inter_token_ms < math.inf

@@ -101,8 +101,8 @@ class AsyncEngine(Door):
             options=loading_options(**given),
             **told,
         )
-        upkeep = {name: given[name] for name in ("trim_after", "memory_pressure")}
-        thread = start_thread(load, **upkeep)
+        of_thread = {name: given[name] for name in ("trim_after", "memory_pressure", "monitor")}
+        thread = start_thread(load, model=model, **of_thread)
         requests = OpenRequests(max_queued)
         watch = threading.Thread(
             target=_watch,

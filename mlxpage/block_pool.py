@@ -13,6 +13,9 @@ from itertools import islice
 NULL_BLOCK = 0
 """Never handed out, so that padding and given-back entries of a table may point at it."""
 
+FREE, CACHED, USED, SHARED = ".c#S"
+"""What `BlockPool.states` says of a block."""
+
 
 class BlockPool:
     """Hands out the blocks 1 to `num_blocks`, each in O(1), and may `grow` to `limit` of them.
@@ -106,6 +109,16 @@ class BlockPool:
 
     def num_owners(self, block: int) -> int:
         return self._references[block]
+
+    def states(self) -> str:
+        """A letter for each of the blocks 1 to `num_blocks`: FREE with nothing in it, free but
+        CACHED, USED by one owner, or SHARED by several."""
+        of_count = ord(FREE), ord(USED)
+        states = bytearray([of_count[n] if n < 2 else ord(SHARED) for n in self._references])
+        for block in self._keys:
+            if self._references[block] == 0:
+                states[block] = ord(CACHED)
+        return states[1:].decode()
 
     # -- contents --
 

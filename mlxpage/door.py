@@ -32,13 +32,19 @@ def find_files(model, adapter_path, on_status: Callable[[str], None] | None) -> 
 
 
 def start_thread(
-    make_engine: Callable[..., Engine], *, trim_after: float | None, memory_pressure: bool
+    make_engine: Callable[..., Engine],
+    *,
+    model: Any,
+    trim_after: float | None,
+    memory_pressure: bool,
+    monitor: bool,
 ) -> EngineThread:
     from mlxpage.engine_thread import EngineThread
     from mlxpage.memory_pressure import level
     from mlxpage.upkeep import Upkeep
 
-    return EngineThread(make_engine, Upkeep(trim_after, level if memory_pressure else None))
+    upkeep = Upkeep(trim_after, level if memory_pressure else None)
+    return EngineThread(make_engine, upkeep, str(model) if monitor else None)
 
 
 def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -25,7 +25,8 @@ class ElasticPool:
             _group(kind, start, plan.block_size, limit)
             for kind, start, limit in zip(kinds, plan.start, plan.num_blocks, strict=True)
         ]
-        self._block_nbytes = group_nbytes(model.specs, plan.block_size)
+        self.block_nbytes = group_nbytes(model.specs, plan.block_size)
+        """Of one block of each group, in all its layers."""
         self.num_grown = self.num_shrunk = 0
         self.has_failed = False
         """Whether a pool could not grow, and is at its limit now: some requests may not fit."""
@@ -38,7 +39,7 @@ class ElasticPool:
     @property
     def used_nbytes(self) -> int:
         """Of the blocks that somebody uses."""
-        pairs = zip(self.groups, self._block_nbytes, strict=True)
+        pairs = zip(self.groups, self.block_nbytes, strict=True)
         return sum(group.pool.num_used * nbytes for group, nbytes in pairs)
 
     @property

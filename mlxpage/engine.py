@@ -30,7 +30,7 @@ from mlxpage.metal.sampler import logprobs, sample
 from mlxpage.outputs import StreamEvent, TokenLogprobs
 from mlxpage.pace import Pace
 from mlxpage.prefix_cache import PrefixCache
-from mlxpage.request import Request
+from mlxpage.request import Choice, Request
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import Schedule, Scheduler, least_length
 from mlxpage.sequence import Sequence
@@ -102,6 +102,7 @@ class Engine:
         self._in_flight: list[Started] = []
         """Steps whose results nobody has read yet, oldest first."""
         self.num_steps = 0
+        self._num_computed_tokens = self._num_sampled_tokens = 0
         self._num_failed_steps = 0
         self._peak_blocks = self._peak_bytes = 0
 
@@ -319,6 +320,8 @@ class Engine:
             self._pace.note(started.schedule, now - max(started.began, self._recorded))
         self._recorded = now
         self.num_steps += 1
+        self._num_computed_tokens += started.schedule.num_scheduled_tokens
+        self._num_sampled_tokens += len(tokens)
         self._fail_broken(batch.sampling, tokens)
         self._served.tell_progress(started.schedule)
         scored = _as_logprobs(batch.scored_tokens, started.prompt_logprobs)
@@ -446,11 +449,18 @@ class Engine:
 
     # -- facts --
 
+    @property
+    def choices(self) -> list[Choice]:
+        """The generations that haven't ended."""
+        return self._served.choices()
+
     def stats(self) -> dict[str, Any]:
         """Counters and the state of the pool. Block counts are those of the largest group: `total`
         now, `limit` at most; cached ones are free too, but still hold a prefix. Prompt tokens that
         were found in the pool are hits, of all that were looked for when a request was first
-        admitted. On another thread, counts may differ from each other by what a step is doing."""
+        admitted. Prompt and output tokens count when a generation has ended; `computed_tokens` are
+        the positions of all steps, `sampled_tokens` what came of them. On another thread, counts
+        may differ from each other by what a step is doing."""
         model = self.model
         if model is None:
             raise EngineError("the engine is closed")
@@ -459,6 +469,8 @@ class Engine:
             "steps": self.num_steps,
             "prompt_tokens": self._served.num_prompt_tokens,
             "output_tokens": self._served.num_output_tokens,
+            "computed_tokens": self._num_computed_tokens,
+            "sampled_tokens": self._num_sampled_tokens,
             "failed_steps": self._num_failed_steps,
             "preemptions": self.scheduler.num_preemptions,
             "running": len(self.scheduler.running),

@@ -8,9 +8,11 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from mlxpage.errors import EngineError, forget_locals
+from mlxpage.monitor import start as start_monitor
 from mlxpage.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -35,9 +37,13 @@ class EngineThread:
     """
 
     def __init__(
-        self, make_engine: Callable[[threading.Event], Engine], upkeep: Upkeep | None = None
+        self,
+        make_engine: Callable[[threading.Event], Engine],
+        upkeep: Upkeep | None = None,
+        monitor: str | None = None,
     ):
-        """Makes the engine on the new thread; `wait` for it.
+        """Makes the engine on the new thread; `wait` for it. With a `monitor`, which is the name of
+        its model, other processes of this user can watch it.
 
         The event that `make_engine` gets is set when nobody wants the engine any more. It is this
         thread that imports MLX, if nobody has: whoever starts it goes on at once.
@@ -52,7 +58,10 @@ class EngineThread:
         self.pulse = Pulse()
         self._thread = threading.Thread(
             target=_run,
-            args=(self._inbox, self.ready, closing, self._ended, upkeep or Upkeep(), self.pulse),
+            args=(
+                *(self._inbox, self.ready, closing, self._ended),
+                *(upkeep or Upkeep(), monitor, self.pulse),
+            ),
             name="mlxpage-engine",
             daemon=True,
         )
@@ -94,11 +103,16 @@ class EngineThread:
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
         """Runs `function(engine)` on the thread, between steps, or as soon as there is an engine.
         The future fails with `EngineError` when the engine is closed before that."""
-        future: Future[T] = Future()
-        self._inbox.put((function, future))
+        future = _call(self._inbox, function)
         if not self.is_running:  # who ended it may have emptied the inbox just before
             _refuse_calls(self._inbox, self.ready)
         return future
+
+
+def _call(inbox: queue.SimpleQueue, function: Callable[[Engine], T]) -> Future[T]:
+    future: Future[T] = Future()
+    inbox.put((function, future))
+    return future
 
 
 def _closed(ready: Future) -> EngineError:
@@ -124,6 +138,7 @@ def _run(
     closing: threading.Event,
     ended: threading.Event,
     upkeep: Upkeep,
+    monitor: str | None,
     pulse: Pulse,
 ) -> None:
     mx = None
@@ -136,8 +151,11 @@ def _run(
         forget_locals(error)
         ready.set_exception(error)
     else:
+        watched = None if monitor is None else start_monitor(monitor, partial(_call, inbox))
         ready.set_result(engine)
         _serve(engine, inbox, upkeep, pulse)
+        if watched is not None:
+            watched.close()
         engine.close()
         del engine
     finally:

@@ -66,6 +66,9 @@ class LLM(Door):
         memory_pressure: whether to `trim` when macOS says that memory gets short: at its first
             warning the empty blocks go, and at a critical level what is cached as well. Elsewhere
             nobody says so.
+        monitor: whether `mlxpage top`, run by the same user, can show the engine: its blocks and
+            how far its sequences are, no texts. It takes a thread, and time only while somebody
+            looks. Without a place for its socket there is a RuntimeWarning, and no monitor.
         on_status: called with a line of text while the model is fetched and loaded.
         on_loaded: called with the bytes of weights loaded so far and in all; an error it raises
             ends the loading, with EngineError.
@@ -95,6 +98,7 @@ class LLM(Door):
         seed: int | None = None,
         trim_after: float | None = 60.0,
         memory_pressure: bool = False,
+        monitor: bool = False,
         on_status: Callable[[str], None] | None = None,
         on_loaded: Callable[[int, int], None] | None = None,
     ):
@@ -116,6 +120,7 @@ class LLM(Door):
             seed=seed,
             trim_after=trim_after,
             memory_pressure=memory_pressure,
+            monitor=monitor,
         )
         files = find_files(model, adapter_path, on_status)
         self.folder, self.defaults = files["folder"], files["defaults"]
@@ -123,7 +128,13 @@ class LLM(Door):
         from mlxpage.loading import load_engine
 
         load = partial(load_engine, **files, **options, on_status=on_status, on_loaded=on_loaded)
-        self._thread = start_thread(load, trim_after=trim_after, memory_pressure=memory_pressure)
+        self._thread = start_thread(
+            load,
+            model=model,
+            trim_after=trim_after,
+            memory_pressure=memory_pressure,
+            monitor=monitor,
+        )
         self.family = self._thread.wait().model.family
 
     # -- generate --

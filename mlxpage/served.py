@@ -27,6 +27,10 @@ class Served:
         """Of generations that came to their end; those that were aborted don't count."""
         self._num_preemptions_told = 0
 
+    def choices(self) -> list[Choice]:
+        """The generations that haven't ended."""
+        return [choice for _, choice in self._choices.values()]
+
     def find(self, request_id: int) -> Request | None:
         return self._requests.get(request_id)
 

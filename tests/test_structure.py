@@ -35,6 +35,8 @@ MODULES = {
         "engine",
         "loading",
         "engine_thread",
+        "snapshot",
+        "monitor",
         "beams",
     },
     "doors": {"arguments", "door", "llm", "handle", "async_engine", "describe", "cli"}
@@ -61,6 +63,8 @@ LIGHT = NEVER_MLX | {
     "async_engine",
     "engine_thread",
     "upkeep",
+    "snapshot",
+    "monitor",
 }
 LIGHT |= {"beams", "cli", "__main__", "__init__"}
 
