@@ -6,6 +6,7 @@
     ├── InvalidModel                       4   the model's files are damaged or incomplete
     │   └── UnsupportedModel               4   a sound model that can't be paged
     ├── OutOfMemory                        5   doesn't fit in the memory budget
+    ├── Unreachable                        6   no engine that could be watched, or no answer
     ├── QueueFull                          1   too many requests wait already
     ├── TimedOut            (TimeoutError) 1   a request took longer than it was given
     └── EngineError                        1   the engine failed or was closed
@@ -50,6 +51,12 @@ class OutOfMemory(MlxpageError):
     """Doesn't fit in the memory budget."""
 
     exit_code = 5
+
+
+class Unreachable(MlxpageError):
+    """There is no engine to be watched, or it doesn't answer."""
+
+    exit_code = 6
 
 
 class QueueFull(MlxpageError):

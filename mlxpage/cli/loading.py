@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import mlxpage
+from mlxpage import monitor
 from mlxpage.cli.output import say
 
 
@@ -14,15 +17,21 @@ from mlxpage.cli.output import say
 def loaded(model: str, quiet: bool, load: Callable | None = None, **options):
     """A model in an `LLM`, or in what `load` makes of it."""
     load = load or mlxpage.LLM
+    # Nobody has asked for a monitor, and needn't hear that there can't be one.
+    warnings.filterwarnings("ignore", "mlxpage top", RuntimeWarning)
+    shown = os.environ.get("MLXPAGE_MONITOR") != "off"
     status = None if quiet else lambda line: say(line, dim=True)
     with _loading_bar(quiet) as on_loaded:
-        llm = load(model, on_status=status, on_loaded=on_loaded, **options)
+        told = {"on_status": status, "on_loaded": on_loaded}
+        llm = load(model, monitor=shown, **told, **options)
     try:
         if not quiet:
             say(llm.plan.describe(), dim=True)
         yield llm
     except KeyboardInterrupt:
-        raise  # without waiting for the step that is being computed: `main` ends the process
+        # Without waiting for the step that is being computed: `main` ends the process.
+        monitor.remove_sockets()
+        raise
     except BaseException:
         llm.close()
         raise

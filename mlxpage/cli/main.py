@@ -17,7 +17,7 @@ from mlxpage.errors import MlxpageError
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-COMMANDS = ["batch", "cache", "chat", "doctor", "generate", "info"]
+COMMANDS = ["batch", "cache", "chat", "doctor", "generate", "info", "top"]
 """Each is `command` in the module of its name, and returns its exit code or nothing."""
 
 

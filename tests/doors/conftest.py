@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def assert_idle(llm) -> None:
     stats = llm.stats()
     assert (stats["running"], stats["waiting"], stats["blocks"]["used"]) == (0, 0, 0)
     llm._thread.call(lambda engine: engine.scheduler.check()).result()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def runtime_folder():
+    """Where engines can be seen by others: not where those of people are. A socket's path is short,
+    and pytest's folders aren't."""
+    before = os.environ.get("MLXPAGE_RUNTIME")
+    with tempfile.TemporaryDirectory(prefix="mlxpage") as folder:
+        os.environ["MLXPAGE_RUNTIME"] = folder
+        yield
+    os.environ.pop("MLXPAGE_RUNTIME")
+    if before is not None:
+        os.environ["MLXPAGE_RUNTIME"] = before
 
 
 @dataclass

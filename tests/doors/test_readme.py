@@ -54,7 +54,7 @@ def test_the_python_of_the_readme_runs(smollm2_folder, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_every_key_of_the_json_is_explained(cli, tiny_folder):
+def test_every_key_of_the_json_is_explained(cli, make_llm, tiny_folder):
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
     def explained(value) -> None:
@@ -72,6 +72,13 @@ def test_every_key_of_the_json_is_explained(cli, tiny_folder):
     for line in cli("batch", tiny_folder, "-", stdin=asked).out.splitlines():
         record = json.loads(line)
         explained(record)
+    llm = make_llm(monitor=True, max_num_seqs=1)
+    stream = llm.stream_many(["hello"] * 50, mlxpage.SamplingParams(ignore_eos=True))
+    next(stream)
+    record = json.loads(cli("top", "--once", "--json").out)
+    stream.close()
+    assert record["sequences"]
+    explained(record)
 
 
 def test_every_exit_code_is_explained():
