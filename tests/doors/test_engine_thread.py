@@ -349,6 +349,7 @@ def test_an_error_of_the_callers_own_function_ends_the_loading(make_llm):
         ({"trim_after": float("inf")}, "trim_after"),
         ({"trim_after": True}, "trim_after"),
         ({"memory_pressure": 1}, "memory_pressure"),
+        ({"monitor": 1}, "monitor"),
         ({"max_inter_token_ms": 0}, "max_inter_token_ms"),
         ({"max_inter_token_ms": "1"}, "max_inter_token_ms"),
         ({"folder": None}, "model"),
