@@ -119,6 +119,7 @@ def _print_frame(watch: monitor.Watch) -> None:
     history.add(_look(watch))
     height = console.height if console.is_terminal else FRAME_LINES
     for line in top_view.lines(history, console.width, height, letters=_needs_letters(console)):
+        line.rstrip()
         console.print(line, no_wrap=True, crop=False)
 
 

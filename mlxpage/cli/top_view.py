@@ -176,7 +176,7 @@ class _Page:
 
     def _title_of_group(self, group: dict[str, Any], per_cell: int) -> Text:
         blocks = group["blocks"]
-        of = {"all": "", "window": f" of a window of {group['window']}", "states": " of states"}
+        of = {"all": "", "window": f" (window {group['window']})", "states": " (states)"}
         size = f"{group['block_size']} tokens, {gigabytes(group['block_bytes'])}"
         told = size if per_cell == 1 else f"{per_cell:,} a cell"
         return self._rule(

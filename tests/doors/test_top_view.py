@@ -160,7 +160,7 @@ def test_each_cache_group_has_its_map():
     groups = group("#" * 80), group("S" * 80, "window", window=512), group("c" * 80, "states")
     frame = drawn(snapshot(*groups, sequences=[sequence(1, [1], [1], [1])]), height=30)
     text = "\n".join(frame)
-    assert "pages of a window of 512" in text and "pages of states" in text
+    assert "pages (window 512)" in text and "pages (states)" in text
     assert {"■", "◆", "□"} <= {line[0] for line in frame if len(set(line.replace(" ", ""))) == 1}
 
 
