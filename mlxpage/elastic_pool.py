@@ -9,7 +9,7 @@ from types import ModuleType
 from mlxpage.cache_group import CacheGroup, StateGroup
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import GroupKind, group_kinds, group_nbytes
+from mlxpage.metal.layout import GroupKind, group_nbytes
 from mlxpage.metal.memory import Plan, gigabytes
 from mlxpage.metal.model import Model
 
@@ -20,11 +20,7 @@ class ElasticPool:
     def __init__(self, model: Model, plan: Plan, ops: ModuleType):
         self._model: Model | None = model
         self._ops = ops
-        kinds = group_kinds(model.specs)
-        self.groups = [
-            _group(kind, start, plan.block_size, limit)
-            for kind, start, limit in zip(kinds, plan.start, plan.num_blocks, strict=True)
-        ]
+        self.groups = cache_groups(plan)
         self.block_nbytes = group_nbytes(model.specs, plan.block_size)
         """Of one block of each group, in all its layers."""
         self.num_grown = self.num_shrunk = 0
@@ -103,6 +99,14 @@ class ElasticPool:
 
     def close(self) -> None:
         self._model = None
+
+
+def cache_groups(plan: Plan) -> list[CacheGroup]:
+    """What counts the blocks of a plan."""
+    return [
+        _group(kind, start, plan.block_size, limit)
+        for kind, start, limit in zip(plan.kinds, plan.start, plan.num_blocks, strict=True)
+    ]
 
 
 def _group(kind: GroupKind, num_blocks: int, block_size: int, limit: int) -> CacheGroup:

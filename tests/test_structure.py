@@ -39,7 +39,7 @@ MODULES = {
         "monitor",
         "beams",
     },
-    "doors": {"arguments", "door", "llm", "handle", "async_engine", "describe", "cli"}
+    "doors": {"arguments", "door", "llm", "handle", "async_engine", "describe", "fitting", "cli"}
     | {"acceptance", "doctor", "__main__", "__init__"},
 }
 STANDS_ON = {

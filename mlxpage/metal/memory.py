@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxpage.errors import InvalidRequest, OutOfMemory
 from mlxpage.metal import reference
-from mlxpage.metal.backend import device, mx
+from mlxpage.metal.backend import Device, device, mx
 from mlxpage.metal.layout import GroupKind, LayerSpec, Spec, StateArray, group_kinds
 from mlxpage.metal.model import Model
 from mlxpage.sizes import gigabytes, in_bytes
@@ -124,17 +124,18 @@ def plan(
     block_size: int = 16,
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 512,
+    machine: Device | None = None,
 ) -> Plan:
     """Sizes the pool: what the budget leaves beside the weights and one step's scratch.
 
     Within it the pool starts small and grows. `num_blocks` sets the size of the full-attention
     groups (or of all, if none is) for good; the budget then only has to hold it. Windowed groups
     are never larger than what `max_num_seqs` sequences can read, and there are some states for each
-    of them at most.
+    of them at most. `machine` is the one to plan for; None: this one.
 
     Raises OutOfMemory if the budget doesn't hold the weights and a usable pool.
     """
-    machine = device()
+    machine = machine or device()
     budget = parse(memory, machine.memory)
     weights = model.nbytes
     kinds = group_kinds(model.specs)
@@ -161,7 +162,8 @@ def plan(
         return _pool_bytes(model.specs, blocks(wanted), block_size)
 
     def scratch(wanted: int) -> int:
-        step = _scratch(model, wanted * block_size, max_num_seqs, max_num_batched_tokens)
+        tokens = wanted * block_size
+        step = _scratch(model, tokens, max_num_seqs, max_num_batched_tokens, machine.kind)
         # Every sequence of a forward has a block of its own for its state.
         step += _state_scratch(model, min(max_num_seqs, states(wanted)))
         # While a pool grows no step is computed, and one of its arrays is there twice.
@@ -259,11 +261,11 @@ def _array_bytes(specs: list[Spec], num_blocks: list[int], block_size: int) -> I
     )
 
 
-def _gathered_bytes(spec: LayerSpec) -> int:
+def _gathered_bytes(spec: LayerSpec, kind: str) -> int:
     """Of a position: K and V as they were, and on a CPU what 16 bits become there, and the codes of
     one of them on their way. Those of latent attention become one."""
     plain = spec.quantised(None, None).bytes_per_token * (2 if spec.may_be_latent else 1)
-    if device().kind != "cpu":
+    if kind != "cpu":
         return plain
     codes = max(part.head_dim if part.bits else 0 for part in (spec.k, spec.v))
     wide = 0 if spec.dtype == mx.float32 else 4 * (spec.k_head_dim + spec.v_head_dim)
@@ -275,8 +277,11 @@ def _first(config: dict[str, Any], *names: str) -> int:
     return next((int(config[name]) for name in names if config.get(name)), 0)
 
 
-def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """An upper estimate of what one step allocates beside weights and a pool of `tokens`.
+def _scratch(
+    model: Model, tokens: int, max_num_seqs: int, max_num_batched_tokens: int, kind: str
+) -> int:
+    """An upper estimate of what one step allocates beside weights and a pool of `tokens`, on a
+    device of this kind.
 
     Activations of a few operations in a row, logits with the copies that sampling makes of them,
     and for one layer the scores of a chunk and the K and V that are gathered.
@@ -298,7 +303,7 @@ def _scratch(model: Model, tokens: int, max_num_seqs: int, max_num_batched_token
         logit_rows += rows
     logits = logit_rows * model.vocab_size * 4
     scores = heads * rows * context * _LAYERS_AT_ONCE
-    layer = max((_gathered_bytes(spec) for spec in model.kv_specs), default=0)
+    layer = max((_gathered_bytes(spec, kind) for spec in model.kv_specs), default=0)
     gathered = layer * (_LAYERS_AT_ONCE * context + min(tokens, max_num_seqs * context))
     if model.fetches:  # it makes K and V of all heads of them, and the scores of a whole chunk
         own = (int(config.get(name) or 0) for name in ("qk_nope_head_dim", "v_head_dim"))

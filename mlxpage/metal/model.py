@@ -13,7 +13,7 @@ import numpy as np
 
 from mlxpage.errors import EngineError, InvalidModel, MlxpageError, UnsupportedModel
 from mlxpage.metal import anatomy, reference, seam
-from mlxpage.metal.backend import device, mlx_lm_utils, mx
+from mlxpage.metal.backend import Device, device, mlx_lm_utils, mx
 from mlxpage.metal.compiled import Compiled
 from mlxpage.metal.kv_cache import KVCache
 from mlxpage.metal.layout import LayerSpec, Rows, Shape, Spec, StateSpec
@@ -187,6 +187,7 @@ def load(
     dtype: str | None = None,
     weights: bool = True,
     on_bytes: Callable[[int, int], None] | None = None,
+    machine: Device | None = None,
 ) -> Model:
     """Loads an mlx-lm model folder.
 
@@ -197,6 +198,7 @@ def load(
             as stored; on a CPU, where MLX multiplies only float32 fast, it means float32.
         weights: False leaves the arrays unread, for a look at the shapes.
         on_bytes: called with the bytes loaded so far and in all.
+        machine: the one whose dtype it takes; None: this one.
 
     Raises:
         InvalidModel: the weights don't fit the architecture, or the adapter the model, or they
@@ -207,7 +209,7 @@ def load(
         module, config = mlx_lm_utils().load_model(folder, lazy=True)
         if adapter is not None:
             _adapt(module, adapter)
-        if dtype is None and device().kind == "cpu":
+        if dtype is None and (machine or device()).kind == "cpu":
             dtype = "float32"
         if dtype is not None:
             module.set_dtype(getattr(mx, dtype))

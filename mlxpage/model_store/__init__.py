@@ -1,7 +1,7 @@
 """From a model's name to a checked folder that mlx-lm can load; no array is touched here.
 
 resolve(name) -> folder        a local folder, the hub's cache, the hub, a demo model from PyPI
-find(name) -> folder or None   the same, if it's on this machine
+find(name), located(name)      the same, if it's on this machine
 models(), removals(name)       what is on this machine, and how to remove it
 check_folder(folder) -> config refuses damaged and unsafe folders before anything is loaded
 """
@@ -14,8 +14,8 @@ from mlxpage.model_store.check import (
 )
 from mlxpage.model_store.demo_models import DEMO_MODELS, cache_dir
 from mlxpage.model_store.fingerprint import fingerprint
-from mlxpage.model_store.inventory import Found, Removal, models, quantisation, removals
-from mlxpage.model_store.lookup import find, local_folder, resolve
+from mlxpage.model_store.inventory import Found, Removal, models, names, quantisation, removals
+from mlxpage.model_store.lookup import find, local_folder, located, resolve
 
 __all__ = [
     "DEMO_MODELS",
@@ -28,7 +28,9 @@ __all__ = [
     "fingerprint",
     "generation_defaults",
     "local_folder",
+    "located",
     "models",
+    "names",
     "quantisation",
     "read_config",
     "removals",

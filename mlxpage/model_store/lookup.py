@@ -60,6 +60,16 @@ def find(name: str | os.PathLike[str]) -> Path | None:
     return hub.cached(repo_id) if repo_id is not None else None
 
 
+def located(name: str | os.PathLike[str]) -> Path:
+    """What `find` gives. Raises `ModelNotFound` as well if it isn't on this machine."""
+    if folder := find(name):
+        return folder
+    near = _did_you_mean(os.fspath(name)) if find_demo(os.fspath(name)) is None else ""
+    raise ModelNotFound(
+        f"{name} is not on this machine.{near or f' `mlxpage pull {name}` would fetch it.'}"
+    )
+
+
 def _without_the_hub(name: str | os.PathLike[str]) -> Path | None:
     if folder := local_folder(name):
         return folder
