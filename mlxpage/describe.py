@@ -1,10 +1,9 @@
-"""What `mlxpage info` tells: the machine, how a model would be served, and how it would fit, before
-weights are loaded."""
+"""What `mlxpage info` tells of the machine, and `mlxpage show` of how a model would be served and
+would fit, before weights are loaded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -45,13 +44,12 @@ def model(
     max_num_seqs: int = 32,
     dtype: str | None = None,
     kv_bits: KVBits = None,
-    on_status: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """A model's shape and its memory plan. Raises what loading it would, as far as that shows
-    without its weights; `OutOfMemory` is told instead."""
+    """The shape and the memory plan of a model that is on this machine. Raises what loading it
+    would, as far as that shows without its weights; `OutOfMemory` is told instead."""
     options = {"block_size": block_size, "max_num_seqs": max_num_seqs}
     check_options(name, dtype=dtype, kv_bits=kv_bits, **options)
-    folder = model_store.resolve(name, on_status=on_status)
+    folder = model_store.located(name)
     model_store.check_folder(folder)
     loaded = models.load(folder, dtype=dtype, weights=False)
     loaded.quantise_cache(*kv_bits_pair(kv_bits))

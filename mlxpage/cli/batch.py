@@ -23,8 +23,9 @@ from mlxpage.cli import batch_lines as lines
 from mlxpage.cli.batch_lines import AnswerFile, Line
 from mlxpage.cli.generate import prompt_ids
 from mlxpage.cli.loading import loaded
-from mlxpage.cli.options import engine_options, sampling_options, split
+from mlxpage.cli.options import engine_options, model_argument, sampling_options, split
 from mlxpage.cli.output import say
+from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidRequest, MlxpageError
 from mlxpage.events import Done, Error, Tokens
 
@@ -33,19 +34,19 @@ _NAMED = 5  # failed lines that the summary names
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("source", metavar="IN")
 @click.option("-o", "--output", "target", metavar="OUT", help="File for the answers, not stdout.")
 @click.option("--resume", is_flag=True, help="Go on where the answers in OUT end.")
 @click.option("--ordered", is_flag=True, help="Answers in the order of IN, not as they end.")
-@click.option("-n", "--max-tokens", type=int, default=256, show_default=True, help="Per answer.")
+@setting("-n", "--max-tokens", type=int, default=256, show_default=True, help="Per answer.")
 @sampling_options
-@click.option("-s", "--system", help="System message beside prompts, for models that chat.")
+@setting("-s", "--system", help="System message beside prompts, for models that chat.")
 @click.option("--raw", is_flag=True, help="Continue prompts as they are, without chat template.")
-@click.option("--max-num-seqs", type=int, default=32, show_default=True, help="Computed at once.")
+@setting("--max-num-seqs", type=int, default=32, show_default=True, help="Computed at once.")
 @click.option("--max-queued", type=int, help="Lines read ahead; 4 for each computed at once.")
 @engine_options
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@setting("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def command(
     model, source, target, resume, ordered, system, raw, max_num_seqs, max_queued, quiet, **options
 ):

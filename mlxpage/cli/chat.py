@@ -8,16 +8,17 @@ import click
 
 import mlxpage
 from mlxpage.cli.loading import loaded
-from mlxpage.cli.options import engine_options, sampling_options, split
+from mlxpage.cli.options import engine_options, model_argument, sampling_options, split
 from mlxpage.cli.output import say, show_error
+from mlxpage.cli.settings import setting
 from mlxpage.errors import EngineError, InvalidRequest
 
 
 @click.command()
-@click.argument("model")
-@click.option("-n", "--max-tokens", type=int, help="Per answer; none: until the model ends.")
+@model_argument
+@setting("-n", "--max-tokens", type=int, help="Per answer; none: until the model ends.")
 @sampling_options
-@click.option("-s", "--system", help="System message.")
+@setting("-s", "--system", help="System message.")
 @engine_options
 def command(model, max_tokens, system, **options):
     """Talk with MODEL.

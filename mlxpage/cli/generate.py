@@ -11,22 +11,29 @@ import click
 
 import mlxpage
 from mlxpage.cli.loading import loaded
-from mlxpage.cli.options import engine_options, read_stdin, sampling_options, split
+from mlxpage.cli.options import (
+    engine_options,
+    model_argument,
+    read_stdin,
+    sampling_options,
+    split,
+)
 from mlxpage.cli.output import answer, say, versions
+from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidRequest
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("prompts", metavar="PROMPT...", nargs=-1)
-@click.option("-n", "--max-tokens", type=int, default=256, show_default=True, help="Per answer.")
+@setting("-n", "--max-tokens", type=int, default=256, show_default=True, help="Per answer.")
 @sampling_options
-@click.option("-s", "--system", help="System message, for models that chat.")
+@setting("-s", "--system", help="System message, for models that chat.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
-@click.option("--max-num-seqs", type=int, help="Answers computed at once; all, up to 32.")
+@setting("--max-num-seqs", type=int, help="Answers computed at once; all, up to 32.")
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@setting("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def command(model, prompts, max_tokens, system, raw, max_num_seqs, as_json, quiet, **options):
     """Answer one or many PROMPTs at once.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import mlxpage
 from mlxpage import monitor
-from mlxpage.cli.output import say
+from mlxpage.cli.output import can_draw, say
+from mlxpage.cli.pull import fetched
 
 
 @contextmanager
@@ -21,9 +21,10 @@ def loaded(model: str, quiet: bool, load: Callable | None = None, **options):
     warnings.filterwarnings("ignore", "mlxpage top", RuntimeWarning)
     shown = os.environ.get("MLXPAGE_MONITOR") != "off"
     status = None if quiet else lambda line: say(line, dim=True)
+    folder = fetched(model, quiet)
     with _loading_bar(quiet) as on_loaded:
         told = {"on_status": status, "on_loaded": on_loaded}
-        llm = load(model, monitor=shown, **told, **options)
+        llm = load(folder, monitor=shown, **told, **options)
     try:
         if not quiet:
             say(llm.plan.describe(), dim=True)
@@ -40,7 +41,7 @@ def loaded(model: str, quiet: bool, load: Callable | None = None, **options):
 
 @contextmanager
 def _loading_bar(quiet: bool):
-    if quiet or not sys.stderr.isatty():
+    if quiet or not can_draw():
         yield None
         return
     from rich.console import Console

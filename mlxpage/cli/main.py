@@ -11,13 +11,29 @@ from typing import Any
 import click
 
 import mlxpage
+from mlxpage.cli import settings
 from mlxpage.cli.output import forget_output, say, show_error
 from mlxpage.errors import MlxpageError
 
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-COMMANDS = ["batch", "cache", "chat", "doctor", "generate", "info", "top"]
+COMMANDS = [
+    "alias",
+    "batch",
+    "cache",
+    "chat",
+    "completion",
+    "config",
+    "doctor",
+    "generate",
+    "info",
+    "ls",
+    "pull",
+    "rm",
+    "show",
+    "top",
+]
 """Each is `command` in the module of its name, and returns its exit code or nothing."""
 
 
@@ -42,9 +58,7 @@ def run(arguments: list[str]) -> int:
     try:
         code = cli.main(arguments, prog_name="mlxpage", standalone_mode=False)
         sys.stdout.flush()
-        return code or 0
-    except click.exceptions.Exit as end:
-        return end.exit_code
+        return code or 0  # of the command, or of click's `Exit`
     except click.Abort:
         raise
     except click.ClickException as error:
@@ -58,7 +72,7 @@ def run(arguments: list[str]) -> int:
         show_error(str(error), error)
         return 1
     except MlxpageError as error:
-        show_error(str(error), error)
+        show_error("\n".join([str(error), *getattr(error, "__notes__", ())]), error)
         return error.exit_code
     except Exception as error:
         show_error(f"{type(error).__name__}: {error}", error)
@@ -94,6 +108,9 @@ class _Commands(click.Group):
             return super().invoke(context)
         except BrokenPipeError:
             raise ReaderGone from None
+        except MlxpageError as error:
+            settings.explain(context, error)
+            raise
 
 
 @click.group(

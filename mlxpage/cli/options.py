@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from mlxpage.errors import InvalidRequest
+from mlxpage.cli import aliases
+from mlxpage.cli.settings import setting
+from mlxpage.errors import InvalidRequest, MlxpageError
 
 
 def options(*options):
@@ -19,14 +23,36 @@ def options(*options):
     return decorate
 
 
+class ModelName(click.ParamType):
+    """A folder, an alias, a demo model or one of the hub; an alias becomes what it stands for."""
+
+    name = "model"
+
+    def convert(self, value, param, ctx):
+        return aliases.expand(value)
+
+    def shell_complete(self, ctx, param, incomplete):
+        """Folders, and what is on this machine."""
+        from mlxpage import model_store
+
+        known = {*model_store.DEMO_MODELS, *model_store.names()}
+        with suppress(MlxpageError):
+            known |= set(aliases.read())
+        fitting = [name for name in sorted(known) if name.startswith(incomplete)]
+        # Folders first: bash forgets what came before them.
+        return [CompletionItem(incomplete, type="dir"), *map(CompletionItem, fitting)]
+
+
+model_argument = click.argument("model", type=ModelName())
+
 sampling_options = options(
-    click.option("--temp", "--temperature", "temperature", type=float, help="0 is greedy."),
-    click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
-    click.option("--top-k", type=int, help="Keep this many of the likeliest tokens."),
-    click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest."),
-    click.option("--repetition-penalty", type=float, help="Above 1: less repetition."),
-    click.option("--seed", type=int, help="Same seed, same answer."),
-    click.option("--stop", multiple=True, help="End the answer before this text; repeatable."),
+    setting("--temp", "--temperature", "temperature", type=float, help="0 is greedy."),
+    setting("--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
+    setting("--top-k", type=int, help="Keep this many of the likeliest tokens."),
+    setting("--min-p", type=float, help="Drop tokens below this share of the likeliest."),
+    setting("--repetition-penalty", type=float, help="Above 1: less repetition."),
+    setting("--seed", type=int, help="Same seed, same answer."),
+    setting("--stop", multiple=True, help="End the answer before this text; repeatable."),
 )
 
 
@@ -45,18 +71,23 @@ class _KVBits(click.ParamType):
         return int(text) if text.isdecimal() else text
 
 
-kv_bits = click.option("--kv-bits", type=_KVBits(), help="Bits of K and V, 8 or 4; for each: 8,4.")
+memory = setting("--memory", help="Budget for weights, pool and scratch: 4GB or 50%.")
+block_size = setting(
+    "--block-size", type=int, default=16, show_default=True, help="16 or 32 tokens."
+)
+dtype = setting("--dtype", help="float32, float16 or bfloat16.")
+kv_bits = setting("--kv-bits", type=_KVBits(), help="Bits of K and V, 8 or 4; for each: 8,4.")
 
 engine_options = options(
-    click.option("--adapter-path", help="Folder of an adapter that mlx-lm has trained."),
-    click.option("--memory", help="Budget for weights, pool and scratch: 4GB or 50%."),
-    click.option("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
-    click.option("--block-size", type=int, default=16, show_default=True, help="16 or 32 tokens."),
+    setting("--adapter-path", help="Folder of an adapter that mlx-lm has trained."),
+    memory,
+    setting("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
+    block_size,
     kv_bits,
-    click.option("--cache-dir", help="Folder for blocks that outlive the process."),
-    click.option("--cache-disk", help="What it may take, 20GB; alone: a folder in the cache."),
-    click.option("--backend", help="metal, cuda or reference; else the best there is."),
-    click.option("--dtype", help="float32, float16 or bfloat16."),
+    setting("--cache-dir", help="Folder for blocks that outlive the process."),
+    setting("--cache-disk", help="What it may take, 20GB; alone: a folder in the cache."),
+    setting("--backend", help="metal, cuda or reference; else the best there is."),
+    dtype,
 )
 
 

@@ -23,6 +23,11 @@ def say(line: str, **style: Any) -> None:
     click.secho(line, err=True, color=color(), **style)
 
 
+def can_draw() -> bool:
+    """Whether stderr is a terminal on which a bar can be drawn again and again."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def show_error(message: str, error: Exception) -> None:
     if os.environ.get("MLXPAGE_DEBUG"):
         traceback.print_exception(error)
@@ -51,6 +56,13 @@ def answer(output: RequestOutput) -> dict[str, Any]:
             "total_s": round(output.timings.total_s, 4),
         },
     }
+
+
+def table(rows: list[list[str]]) -> str:
+    """Lines with their cells below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 def versions() -> dict[str, str]:

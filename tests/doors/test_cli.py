@@ -6,6 +6,7 @@ import sys
 import click
 import pytest
 import tiny_folder as tiny
+from command_tree import commands
 from families import zoo
 from families.configs import config
 
@@ -336,7 +337,7 @@ def without_template(tiny_folder, tmp_path):
     return folder
 
 
-# -- info --
+# -- info, show --
 
 
 def test_info_tells_of_the_machine(cli):
@@ -346,17 +347,17 @@ def test_info_tells_of_the_machine(cli):
     assert {"mlxpage", "mlx", "mlx-lm", "device", "memory"} <= {name.strip() for name in facts}
 
 
-def test_info_tells_of_a_model_and_how_it_fits(cli, tiny_folder):
-    facts = json.loads(cli("info", tiny_folder, "--json").out)
-    assert facts["schema"] == "mlxpage.info/1"
+def test_show_tells_of_a_model_and_how_it_fits(cli, tiny_folder):
+    facts = json.loads(cli("show", tiny_folder, "--json").out)
+    assert facts["schema"] == "mlxpage.show/1"
     assert (facts["family"], facts["layers"]) == ("llama", 2)
     assert facts["context"] == "512 tokens"
     assert facts["fits"].startswith("pool ")
     assert facts["model"] == str(tiny_folder)
 
 
-def test_info_tells_how_a_model_will_be_served(cli, tiny_folder):
-    facts = json.loads(cli("info", tiny_folder, "--json").out)
+def test_show_tells_how_a_model_will_be_served(cli, tiny_folder):
+    facts = json.loads(cli("show", tiny_folder, "--json").out)
     assert facts["attention"] == "full"
     assert facts["step"] == "rows; the check at load decides"
     assert "on a GPU too" not in facts["backend for it"]
@@ -377,7 +378,7 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize("family, attention, step, no_kernels", STRUCTURES)
-def test_info_foresees_how_families_are_served(family, attention, step, no_kernels):
+def test_show_foresees_how_families_are_served(family, attention, step, no_kernels):
     # Its keys that choose have no size of a latent, as in real ones.
     changes = {"index_head_dim": 64} if family == "deepseek_v32" else {}
     facts = describe.structure(Model(*zoo.make(family, **changes)))
@@ -397,11 +398,11 @@ def test_info_foresees_how_families_are_served(family, attention, step, no_kerne
         ("mamba", {}, "no: mamba keeps no K and V"),
     ],
 )
-def test_info_says_what_can_be_kept_in_few_bits(family, changes, found):
+def test_show_says_what_can_be_kept_in_few_bits(family, changes, found):
     assert describe.structure(Model(*zoo.make(family, **changes)))["kv_bits"].startswith(found)
 
 
-def test_info_tells_of_a_model_with_states(tmp_path, monkeypatch):
+def test_show_tells_of_a_model_with_states(tmp_path, monkeypatch):
     """Beside K and V, in each of its layers; and what serves it on a GPU."""
     folder = tiny.make(tmp_path / "model", **config("falcon_h1"))
     on_a_gpu = choice.Backend("metal", choice.kernels, "")
@@ -414,8 +415,8 @@ def test_info_tells_of_a_model_with_states(tmp_path, monkeypatch):
     assert "falcon_h1 keeps states, which no kernel updates yet" in facts["backend for it"]
 
 
-def test_info_tells_of_a_model_that_does_not_fit(cli, tiny_folder):
-    ran = cli("info", tiny_folder, "--memory", "1MB", "--json")
+def test_show_tells_of_a_model_that_does_not_fit(cli, tiny_folder):
+    ran = cli("show", tiny_folder, "--memory", "1MB", "--json")
     assert ran.code == 0
     assert json.loads(ran.out)["fits"].startswith("no: ")
 
@@ -493,10 +494,6 @@ def test_the_cache_lies_with_the_other_caches(cli, tmp_path, monkeypatch):
 # -- help --
 
 
-def commands():
-    return {"": group, **group.commands}
-
-
 @pytest.mark.parametrize("name", commands())
 def test_every_command_and_option_has_its_help(cli, name):
     command = commands()[name]
@@ -510,7 +507,7 @@ def test_every_command_and_option_has_its_help(cli, name):
             assert max(parameter.opts, key=len) in shown.out
         else:
             name = parameter.make_metavar(click.Context(command)).strip("[].")
-            assert name in command.help + group.help
+            assert name in command.help + group.help, name
 
 
 def test_the_version_is_shown(cli):

@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+from command_tree import commands
 
 import mlxpage
 from mlxpage.cli import main as command_line
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ["mlxpage", *(f"mlxpage {name}" for name in command_line.COMMANDS)]
+COMMANDS = [f"mlxpage {name}".strip() for name in commands()]
 
 
 def blocks(language: str) -> list[str]:
@@ -64,8 +65,15 @@ def test_every_key_of_the_json_is_explained(cli, make_llm, tiny_folder):
             if isinstance(inner, dict):
                 explained(inner)
 
-    asking = ["generate", tiny_folder, "hello", "-n", "2"]
-    for command in (asking, ["info", tiny_folder], ["doctor"]):
+    for command in (
+        ["generate", tiny_folder, "hello", "-n", "2"],
+        ["info"],
+        ["show", tiny_folder, "--fit"],
+        ["ls"],
+        ["alias", "ls"],
+        ["config", "show"],
+        ["doctor"],
+    ):
         record = json.loads(cli(*command, "--json").out)
         explained(record)
     asked = '{"id": 1, "prompt": "a", "max_tokens": 1, "n": 2, "logprobs": 1, "metadata": 1}\n{'

@@ -36,7 +36,7 @@ is loaded is checked once more on its own weights, and refused if it isn't right
   a prompt that begins alike goes on from the state at the end of a block.
 - All have a prefix cache, forks, preemption and blocks on disk.
 
-`mlxpage info MODEL` says it of one model before its weights are loaded.
+`mlxpage show MODEL` says it of one model before its weights are loaded.
 """
 
 
