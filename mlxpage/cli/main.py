@@ -122,6 +122,6 @@ class _Commands(click.Group):
 def cli() -> None:
     """Run language models on a Mac, many prompts at once, over a paged K/V cache.
 
-    MODEL is a folder, a model of the Hugging Face hub, or a demo model: smollm2-135m,
+    MODEL is a folder, an alias, a model of the Hugging Face hub, or a demo model: smollm2-135m,
     smollm2-135m-4bit, gemma3-270m.
     """

@@ -327,6 +327,7 @@ def test_the_plan_told_is_the_plan_of_a_loaded_engine(of_family, family):
         with mlxpage.LLM(folder, memory=budget, max_num_seqs=max_num_seqs) as llm:
             assert llm.plan.budget == fit.budget
             assert sequences == min(max_num_seqs, fitting.sequences(llm.plan, 512))
+            assert sequences == max_num_seqs, "windows have room for the chunk of one, not of all"
     plan = sizing.plan(models.load(folder, weights=False), memory=fit.needs, max_num_seqs=1)
     assert fitting.sequences(plan, 512) == 1
     assert plan.weights + plan.scratch + plan.pool == fit.needs
