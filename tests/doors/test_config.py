@@ -157,7 +157,7 @@ WRONG = [
     ("yes = true", "there is no setting 'yes'; there are adapter-path, backend, "),
     ("[chat]\nmax-num-seqs = 1", "{file}, in [chat]: there is no setting 'max-num-seqs'"),
     ("[generat]\nseed = 1", "{file}: there is no table 'generat'. Did you mean generate?"),
-    ("[rm]\nyes = true", "{file}: there is no table 'rm'; there are chat, "),
+    ("[rm]\nyes = true", "{file}: there is no table 'rm'; there are batch, chat, "),
     ("[generate.x]\nseed = 1", "{file}, in [generate]: there is no table 'x'"),
     ("seed = ", "{file} is no valid TOML: "),
     ("a = " + "[" * 5000, "{file} is no valid TOML: "),
@@ -236,10 +236,10 @@ def test_config_show_tells_people_what_holds_for_which_commands(cli, project, us
     assert (ran.code, ran.err) == (0, "")
     rows = [re.split(r"  +", line) for line in ran.out.splitlines()]
     assert rows[0] == ["SETTING", "VALUE", "ORIGIN", "COMMANDS"]
-    assert ["memory", "4GB", str(user), "chat, generate, show"] in rows
+    assert ["memory", "4GB", str(user), "batch, chat, generate, show"] in rows
     assert ["stop", "a,b", str(user), "generate"] in rows
-    assert ["stop", "none", "default", "chat"] in rows
-    assert ["seed", "7", "MLXPAGE_SEED", "chat, generate"] in rows
+    assert ["stop", "none", "default", "batch, chat"] in rows
+    assert ["seed", "7", "MLXPAGE_SEED", "batch, chat, generate"] in rows
     assert ["quiet", "false", "default", "generate, pull"] in rows
     plain = cli("config", "show").out
     assert str(user) not in plain and "memory " in plain
