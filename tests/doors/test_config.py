@@ -240,7 +240,7 @@ def test_config_show_tells_people_what_holds_for_which_commands(cli, project, us
     assert ["stop", "a,b", str(user), "generate"] in rows
     assert ["stop", "none", "default", "batch, chat"] in rows
     assert ["seed", "7", "MLXPAGE_SEED", "batch, chat, generate"] in rows
-    assert ["quiet", "false", "default", "generate, pull"] in rows
+    assert ["quiet", "false", "default", "batch, generate, pull"] in rows
     plain = cli("config", "show").out
     assert str(user) not in plain and "memory " in plain
 
