@@ -14,8 +14,9 @@ from mlxpage.metal import anatomy, choice, self_check
 from mlxpage.metal import memory as sizing
 from mlxpage.metal import model as models
 from mlxpage.metal.backend import BLAS, device
-from mlxpage.metal.layout import GroupKind, group_kinds
+from mlxpage.metal.layout import group_kinds
 from mlxpage.metal.model import Model
+from mlxpage.metal.plan import GroupKind
 
 
 def machine() -> dict[str, Any]:

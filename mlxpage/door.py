@@ -11,7 +11,7 @@ from mlxpage.errors import EngineError, InvalidRequest
 if TYPE_CHECKING:
     from mlxpage.engine import Engine
     from mlxpage.engine_thread import EngineThread
-    from mlxpage.metal.memory import Plan
+    from mlxpage.metal.plan import Plan
     from mlxpage.text import Tokenizer
 
 T = TypeVar("T")

@@ -9,9 +9,10 @@ from types import ModuleType
 from mlxpage.cache_group import CacheGroup, StateGroup
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache
-from mlxpage.metal.layout import GroupKind, group_nbytes
-from mlxpage.metal.memory import Plan, gigabytes
+from mlxpage.metal.layout import group_nbytes
 from mlxpage.metal.model import Model
+from mlxpage.metal.plan import GroupKind, Plan
+from mlxpage.sizes import gigabytes
 
 
 class ElasticPool:

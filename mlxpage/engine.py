@@ -24,8 +24,8 @@ from mlxpage.metal import memory as sizing
 from mlxpage.metal.backend import mx
 from mlxpage.metal.choice import REFERENCE, Backend
 from mlxpage.metal.layout import Shape
-from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
+from mlxpage.metal.plan import Plan
 from mlxpage.metal.sampler import logprobs, sample
 from mlxpage.outputs import StreamEvent, TokenLogprobs
 from mlxpage.pace import Pace

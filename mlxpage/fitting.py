@@ -14,8 +14,8 @@ from mlxpage.errors import InvalidRequest, OutOfMemory, UnsupportedModel
 from mlxpage.metal import memory as sizing
 from mlxpage.metal import model as models
 from mlxpage.metal.backend import Device, device
-from mlxpage.metal.memory import Plan
 from mlxpage.metal.model import Model
+from mlxpage.metal.plan import Plan
 
 MACS = (8, 16, 24, 32, 48, 64, 96, 128)
 """Gigabytes of memory."""

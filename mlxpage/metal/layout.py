@@ -13,6 +13,7 @@ import numpy as np
 
 from mlxpage.errors import UnsupportedModel
 from mlxpage.metal.backend import mx
+from mlxpage.metal.plan import GroupKind
 
 
 class Format(NamedTuple):
@@ -60,15 +61,6 @@ class Format(NamedTuple):
         if self.bits is None:
             return (block_size, self.head_dim), self.dtype
         return (block_size * (self.row_words + self.side_words),), mx.uint32
-
-
-class GroupKind(NamedTuple):
-    """What the layers have in common that share block tables."""
-
-    window: int | None = None
-    """Positions that a row reads, its own among them; None: all."""
-    has_states: bool = False
-    """Whether they keep states instead of K and V."""
 
 
 @dataclass(frozen=True, slots=True)

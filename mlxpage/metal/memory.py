@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxpage.errors import InvalidRequest, OutOfMemory
 from mlxpage.metal import reference
 from mlxpage.metal.backend import Device, device, mx
-from mlxpage.metal.layout import GroupKind, LayerSpec, Spec, StateArray, group_kinds
+from mlxpage.metal.layout import LayerSpec, Spec, StateArray, group_kinds
 from mlxpage.metal.model import Model
+from mlxpage.metal.plan import GroupKind, Plan
 from mlxpage.sizes import gigabytes, in_bytes
 
 DEFAULT_SHARE = 0.5
@@ -45,43 +45,6 @@ _STATES_OF_EACH_TOKEN = {"jamba": 14}
 _UNPACKING_BYTES = 10
 # Rows of a step whose prompt log-probabilities are asked for, beside one of each sequence.
 _SCORED_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The memory of an engine, in bytes: weights, pool and scratch stay within the budget, even
-    when the pool is as large as it may be, and while it grows."""
-
-    budget: int
-    weights: int
-    scratch: int
-    pool: int
-    block_size: int
-    num_blocks: list[int]
-    """Per cache group, as in `group_kinds`: what a pool may grow to."""
-    start: list[int]
-    """What it has at first; all of them if the number of blocks was given."""
-    tokens: int
-    """The longest sequence that the pool holds when it's alone."""
-    kinds: list[GroupKind]
-    is_fixed: bool = False
-    """Whether the number of blocks was given: such a pool neither grows nor shrinks."""
-
-    def describe(self) -> str:
-        """One line for people."""
-        size = gigabytes(self.pool) if self.is_fixed else f"up to {gigabytes(self.pool)}"
-        pairs = list(zip(self.kinds, self.num_blocks, strict=True))
-        parts = [f"{blocks:,} states" for kind, blocks in pairs if kind.has_states]
-        if blocks := max((blocks for kind, blocks in pairs if not kind.has_states), default=0):
-            parts.insert(0, f"{blocks:,} blocks x {self.block_size} tokens")
-            parts[-1] += (
-                f" = {self.tokens:,} tokens, room for {max(1, self.tokens // 1024):,} sequences of "
-                "1,024"
-            )
-        return (
-            f"pool {size} = {' and '.join(parts)}; weights {gigabytes(self.weights)}, "
-            f"scratch {gigabytes(self.scratch)}, budget {gigabytes(self.budget)}"
-        )
 
 
 def parse(memory: str | int | None, total: int) -> int:

@@ -18,8 +18,9 @@ from mlxpage.errors import UnsupportedModel
 from mlxpage.metal import kernels, kv_cache, layout, reference, seam, self_check
 from mlxpage.metal.backend import mx
 from mlxpage.metal.kv_cache import KVCache, MaskTag, Tagged
-from mlxpage.metal.layout import Attention, GroupKind, LayerSpec, Rows
+from mlxpage.metal.layout import Attention, LayerSpec, Rows
 from mlxpage.metal.model import Model
+from mlxpage.metal.plan import GroupKind
 from mlxpage.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16

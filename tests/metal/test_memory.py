@@ -21,6 +21,7 @@ from mlxpage.metal import model as models
 from mlxpage.metal.backend import Device, mx
 from mlxpage.metal.layout import StateSpec, group_kinds
 from mlxpage.metal.model import Model
+from mlxpage.metal.plan import Plan
 from mlxpage.sampling_params import SamplingParams
 from mlxpage.text import Tokenizer
 
@@ -110,12 +111,12 @@ LIMITS = st.fixed_dictionaries(
 )
 
 
-def bytes_of_pool(model: Model, plan: memory.Plan) -> int:
+def bytes_of_pool(model: Model, plan: Plan) -> int:
     """As KVCache lays it out."""
     return sum(array_bytes(model, plan))
 
 
-def array_bytes(model: Model, plan: memory.Plan) -> list[int]:
+def array_bytes(model: Model, plan: Plan) -> list[int]:
     of_group = dict(zip(group_kinds(model.specs), plan.num_blocks, strict=True))
     sizes = []
     for spec in model.specs:
@@ -311,7 +312,7 @@ def test_a_window_gets_enough_blocks_for_every_sequence(family, chunk):
 # -- as measured --
 
 
-def measured(model, tokenizer, prompts, params, **limits) -> tuple[int, memory.Plan]:
+def measured(model, tokenizer, prompts, params, **limits) -> tuple[int, Plan]:
     """The most that a run allocated beside what was there before it, its plan."""
     gc.collect()  # models of other tests
     mx.clear_cache()
