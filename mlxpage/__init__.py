@@ -30,6 +30,7 @@ _HOMES = {
     "TimedOut": "errors",
     "TokenLogprobs": "outputs",
     "UnsupportedModel": "errors",
+    "freeze_support": "child",
 }
 
 __all__ = sorted(_HOMES)

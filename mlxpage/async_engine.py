@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxpage.arguments import (
     Prompt,
+    check_bool,
     check_callable,
     check_integer,
     check_seconds,
@@ -24,7 +25,7 @@ from mlxpage.arguments import (
     params_list,
     type_name,
 )
-from mlxpage.door import Door, Messages, find_files, start_thread, token_ids
+from mlxpage.door import Door, Home, Messages, find_files, start_thread, token_ids
 from mlxpage.errors import EngineError, InvalidRequest, QueueFull, TimedOut
 from mlxpage.events import Error, Event, Queued
 from mlxpage.handle import Handle, Mailbox
@@ -33,13 +34,12 @@ from mlxpage.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from mlxpage.engine import Engine
-    from mlxpage.engine_thread import EngineThread
 
 WATCH_SECONDS = 0.05  # how often deadlines and steps are looked at while there are requests
 
 
 class AsyncEngine(Door):
-    """A model that serves requests on a thread of its own, for apps.
+    """A model that serves requests on a thread or in a process of its own, for apps.
 
         async with AsyncEngine.load("smollm2-135m", memory="2GB") as engine:
             async for event in engine.submit("Once upon a time"):
@@ -47,13 +47,20 @@ class AsyncEngine(Door):
                     print(event.text, end="")
 
     All methods may be called from any thread and any event loop; none waits for the engine unless
-    it says so. Several engines may live in one process. The thread ends with `close`, when nobody
-    holds the engine or a handle any more, or with the interpreter.
+    it says so. Several engines may live in one process. Thread and process end with `close`, when
+    nobody holds the engine or a handle any more, or with the interpreter.
     """
 
-    def __init__(self, thread: EngineThread, requests: OpenRequests, watch: threading.Thread):
+    def __init__(
+        self,
+        home: Home,
+        make_request: Callable,
+        requests: OpenRequests,
+        watch: threading.Thread,
+    ):
         """For `load`, which makes them."""
-        self._thread = thread
+        self._thread = home
+        self._make_request = make_request
         self._requests = requests
         self._watch = watch
         self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="mlxpage-callbacks")
@@ -65,6 +72,7 @@ class AsyncEngine(Door):
         cls,
         model: str | os.PathLike[str],
         *,
+        isolate: bool = False,
         max_queued: int = 1024,
         stall_after: float | None = 30.0,
         on_stall: Callable[[float], None] | None = None,
@@ -76,10 +84,15 @@ class AsyncEngine(Door):
             model: as for `LLM`, and so are the `options`: memory, num_blocks, max_num_seqs, ...
                 `on_status` and `on_loaded` tell how far it is, on threads of the engine; an error
                 that `on_loaded` raises ends the loading.
+            isolate: whether the engine runs in a process of its own. This one imports no MLX, its
+                event loop never waits for the engine's Python, and it survives whatever ends the
+                other: requests that were open end with EngineError, `on_status` tells of it, and
+                the model is loaded again, with the same options. After three such ends within five
+                minutes it isn't, and the state is "failed".
             max_queued: requests that may wait to be begun; one more is refused with QueueFull.
             stall_after: seconds after which a step counts as stalled, None: never.
             on_stall: called once for such a step, on a thread of the engine, with the seconds so
-                far. Nothing is ended: a step can't be, short of its process.
+                far. Nothing is ended: a step can't be, short of its process, as by `restart`.
 
         To wait for the model: `wait`, `await engine`, or enter the engine as a context; it's they
         that raise ModelNotFound, InvalidModel, UnsupportedModel or OutOfMemory. Closing the engine
@@ -87,6 +100,7 @@ class AsyncEngine(Door):
 
         Raises InvalidRequest for options that make no sense.
         """
+        check_bool("isolate", isolate)
         check_integer("max_queued", max_queued, least=1)
         check_seconds("stall_after", stall_after)
         check_callable("on_stall", on_stall)
@@ -94,29 +108,33 @@ class AsyncEngine(Door):
         arguments.apply_defaults()
         given = arguments.arguments
         told = {name: given.pop(name) for name in ("on_status", "on_loaded")}
-        load = partial(
-            _load,
-            model=model,
-            adapter_path=given["adapter_path"],
-            options=loading_options(**given),
-            **told,
-        )
-        of_thread = {name: given[name] for name in ("trim_after", "memory_pressure", "monitor")}
-        thread = start_thread(load, model=model, **of_thread)
+        checked = loading_options(**given)
+        if isolate:
+            from mlxpage.engine_process import EngineProcess, far_request
+
+            home: Home = EngineProcess({**given, "stall_after": stall_after}, **told)
+            make_request = far_request
+        else:
+            load = partial(
+                _load, model=model, adapter_path=given["adapter_path"], options=checked, **told
+            )
+            of_thread = {name: given[name] for name in ("trim_after", "memory_pressure", "monitor")}
+            home, make_request = start_thread(load, model=model, **of_thread), _request
         requests = OpenRequests(max_queued)
         watch = threading.Thread(
             target=_watch,
-            args=(weakref.ref(thread), requests, stall_after, on_stall),
+            args=(weakref.ref(home), requests, stall_after, on_stall),
             name="mlxpage-watch",
             daemon=True,
         )
         watch.start()
-        weakref.finalize(thread, requests.close).atexit = False
-        return cls(thread, requests, watch)
+        weakref.finalize(home, requests.close).atexit = False
+        return cls(home, make_request, requests, watch)
 
     @property
     def state(self) -> str:
-        """ "loading", "ready", "failed" if the model could not be loaded, or "closed"."""
+        """ "loading", also when a process has died and the next one loads; "ready", "failed" if the
+        model could not be loaded, or "closed"."""
         ready = self._thread.ready
         if ready.done() and ready.exception() is not None:
             return "failed"
@@ -136,6 +154,14 @@ class AsyncEngine(Door):
     async def _wait(self) -> AsyncEngine:
         await asyncio.wrap_future(self._thread.ready)
         return self
+
+    def restart(self) -> None:
+        """Ends the engine's process, whatever it does, and loads the model again in another one:
+        for a step that stalls. Requests that are open end with EngineError. Doesn't wait.
+
+        Raises EngineError without `isolate`: a thread can't be ended.
+        """
+        self._thread.restart()
 
     def close(self) -> None:
         """Ends what is running or loading and gives the memory back; a second call does nothing.
@@ -192,7 +218,8 @@ class AsyncEngine(Door):
 
         Args:
             prompt: a text, a list of token ids, or a conversation as for `LLM.chat`. A text becomes
-                tokens on the caller's thread, in about a millisecond for a page.
+                tokens on the caller's thread, in about a millisecond for a page, or else in the
+                engine's process.
             params: what the model's own defaults are not good for.
             priority: lower is served first; 0 is for somebody who waits, 1 for the background.
             timeout: seconds from now after which the request ends with TimedOut.
@@ -207,7 +234,7 @@ class AsyncEngine(Door):
 
         Raises InvalidRequest for what can never be served, with the tokens that the pool can hold;
         QueueFull if too many requests wait; EngineError if the engine is closed. While the model
-        loads, it is the handle that raises the first.
+        loads, and always with `isolate`, it is the handle that raises the first.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise InvalidRequest(
@@ -224,13 +251,14 @@ class AsyncEngine(Door):
             raise thread.refusal()
         mailbox = Mailbox(
             thread,
-            partial(_request, prompt, params, priority),
+            partial(self._make_request, prompt, params, priority),
             on_end=self._requests.remove,
             deadline=None if timeout is None else time.monotonic() + timeout,
             wants_tokens=(params.best_of or 0) <= params.n,
         )
-        if thread.ready.done():
-            mailbox.prepare(self._engine)
+        ready = thread.ready
+        if ready.done() and not ready.exception():
+            mailbox.prepare(ready.result())
         self._requests.add(mailbox)
         if on_event is not None:
             mailbox.listen(on_event, dispatch or self._callbacks.submit)
@@ -241,7 +269,8 @@ class AsyncEngine(Door):
         """The engine's counters, blocks and bytes as they are now, without waiting for a step; in
         the middle of one they may differ from each other. Beside them `state`, the requests that
         are `open` and those of them that are `queued`, and `step_s`: the seconds that the step
-        under way has taken so far, None between steps. While there is no engine, only those.
+        under way has taken so far, None between steps. While there is no engine, only those; nor if
+        its process can't answer, which is given a second and usually takes some milliseconds.
         """
         began = self._thread.pulse.step_began
         own = {
@@ -345,12 +374,12 @@ class OpenRequests:
 
 
 def _watch(
-    reference: weakref.ref[EngineThread],
+    reference: weakref.ref[Home],
     requests: OpenRequests,
     stall_after: float | None,
     on_stall: Callable[[float], None] | None,
 ) -> None:
-    """Ends requests whose time is up, and all if the engine's thread has ended without a word;
+    """Ends requests whose time is up, and all if the engine has ended without a word;
     tells of a step that stalls."""
     stalled = None
     while requests.sleep() and (thread := reference()) is not None and thread.is_running:

@@ -89,7 +89,7 @@ class EngineThread:
 
     def refusal(self) -> EngineError:
         """What to tell those who come when it has ended."""
-        return _closed(self.ready)
+        return closed(self.ready)
 
     @property
     def is_running(self) -> bool:
@@ -100,12 +100,18 @@ class EngineThread:
     def is_current(self) -> bool:
         return self._thread is threading.current_thread()
 
+    def restart(self) -> None:
+        raise EngineError(
+            "a thread can't be ended from outside: only an engine in a process of its own can be "
+            "restarted. Load it with isolate=True."
+        )
+
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
         """Runs `function(engine)` on the thread, between steps, or as soon as there is an engine.
         The future fails with `EngineError` when the engine is closed before that."""
         future = _call(self._inbox, function)
         if not self.is_running:  # who ended it may have emptied the inbox just before
-            _refuse_calls(self._inbox, self.ready)
+            refuse_calls(self._inbox, self.ready)
         return future
 
 
@@ -115,7 +121,8 @@ def _call(inbox: queue.SimpleQueue, function: Callable[[Engine], T]) -> Future[T
     return future
 
 
-def _closed(ready: Future) -> EngineError:
+def closed(ready: Future) -> EngineError:
+    """What to tell those who come when an engine has ended, or never was."""
     failure = ready.exception() if ready.done() else None
     if failure is None:
         return EngineError("the engine is closed")
@@ -160,7 +167,7 @@ def _run(
         del engine
     finally:
         ended.set()
-        _refuse_calls(inbox, ready)
+        refuse_calls(inbox, ready)
         if mx is not None:
             mx.clear_cache()
             mx.clear_streams()
@@ -210,11 +217,12 @@ def _answer(engine: Engine, function: Callable, future: Future) -> None:
         future.set_exception(error)
 
 
-def _refuse_calls(inbox: queue.SimpleQueue, ready: Future) -> None:
+def refuse_calls(inbox: queue.SimpleQueue, ready: Future) -> None:
+    """Ends the calls that nobody answers any more."""
     try:
         while True:
             call = inbox.get_nowait()
             if isinstance(call, tuple) and call[1].set_running_or_notify_cancel():
-                call[1].set_exception(_closed(ready))
+                call[1].set_exception(closed(ready))
     except queue.Empty:
         pass

@@ -17,8 +17,9 @@ from mlxpage.events import Done, Error, Event, Prefill, Tokens
 from mlxpage.outputs import FinishReason, RequestOutput, StreamEvent, Timings, TokenLogprobs
 
 if TYPE_CHECKING:
+    from mlxpage.door import Home
     from mlxpage.engine import Engine
-    from mlxpage.engine_thread import EngineThread
+    from mlxpage.engine_process import Child, FarRequest
     from mlxpage.request import Request
 
 Wake = Callable[[], None]
@@ -44,7 +45,7 @@ class Handle:
     it has an `on_event`.
     """
 
-    def __init__(self, mailbox: Mailbox, thread: EngineThread):
+    def __init__(self, mailbox: Mailbox, thread: Home):
         self._mailbox = mailbox
         self._thread = thread  # serves as long as there is a handle
 
@@ -149,8 +150,8 @@ class Mailbox:
 
     def __init__(
         self,
-        thread: EngineThread,
-        make_request: Callable[[Engine, Mailbox], Request],
+        thread: Home,
+        make_request: Callable[[Any, Mailbox], Request | FarRequest],
         *,
         on_end: Callable[[Mailbox], None],
         deadline: float | None,
@@ -173,16 +174,16 @@ class Mailbox:
         self._on_event: Callable[[Event], None] | None = None
         self._dispatch: Callable[[Wake], Any] | None = None
         self._has_ended = False
-        self._request: Request | None = None
+        self._request: Request | FarRequest | None = None
         self._has_begun = self._is_given_up = False
 
-    # -- on the engine's thread --
+    # -- on the engine's thread, or that which talks with its process --
 
-    def prepare(self, engine: Engine) -> None:
+    def prepare(self, engine: Any) -> None:
         """Makes the request; on any thread, as that is. Raises InvalidRequest."""
         self._request = self._make_request(engine, self)
 
-    def begin(self, engine: Engine) -> None:
+    def begin(self, engine: Engine | Child) -> None:
         with self._lock:
             if self._is_given_up:
                 return
@@ -191,7 +192,7 @@ class Mailbox:
             self.prepare(engine)
         engine.add(self._request)
 
-    def abort(self, engine: Engine, error: MlxpageError | None = None) -> None:
+    def abort(self, engine: Engine | Child, error: MlxpageError | None = None) -> None:
         if (request := self._request) is not None:
             engine.abort(request.id, error)
 
@@ -294,8 +295,7 @@ class Mailbox:
 
     def _nothing(self) -> RequestOutput:
         """Of a request that was cancelled before it began."""
-        request = self._request
-        prompt = request.choices[0].seq.token_ids if request else []
+        prompt = self._request.prompt_token_ids if self._request else []
         timings = Timings(self._arrived, finished=time.perf_counter())
         return RequestOutput(list(prompt), "", [], "abort", 0, 0, timings)
 

@@ -64,6 +64,11 @@ class Request:
     def id(self) -> int:
         return self.choices[0].seq.id
 
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        seq = self.choices[0].seq
+        return seq.token_ids[: seq.num_prompt_tokens]
+
     def output(self) -> RequestOutput:
         """The first of the choices, with the others that were asked for in it; the likeliest come
         first if there are more of them."""
