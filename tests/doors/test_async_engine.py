@@ -25,6 +25,7 @@ from mlxpage import (
     UnsupportedModel,
     async_engine,
 )
+from mlxpage.engine_thread import EngineThread
 from mlxpage.events import Done, Error, Preempted, Prefill, Queued, Tokens
 from mlxpage.handle import Mailbox
 from mlxpage.metal.backend import mx
@@ -58,13 +59,30 @@ def make_engine(tiny_folder):
 
 
 @pytest.fixture
-def engine(make_engine):
+def near(make_engine):
     return make_engine().wait(SECONDS)
+
+
+@pytest.fixture(scope="module")
+def far(tiny_folder):
+    """In a process of its own, which takes a moment to start."""
+    with AsyncEngine.load(tiny_folder, num_blocks=256, isolate=True) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["near", "far"])
+def engine(request):
+    engine = request.getfixturevalue(request.param)
+    yield engine
+    check_idle(engine)
 
 
 def check_idle(engine) -> None:
     """Nothing runs, waits or holds a block, and none of them is lost."""
-    stats = engine._call(lambda engine: engine.scheduler.check() or engine.stats())
+    engine.trim()  # between two steps
+    if isinstance(engine._thread, EngineThread):
+        engine._call(lambda engine: engine.scheduler.check())
+    stats = engine.stats()
     assert (stats["running"], stats["waiting"], stats["blocks"]["used"]) == (0, 0, 0)
     assert engine.stats()["open"] == 0
 
@@ -93,12 +111,11 @@ def held(engine):
 # -- the same tokens --
 
 
-def test_tokens_are_those_of_llm(make_engine, make_llm):
+def test_tokens_are_those_of_llm(engine, make_llm):
     prompts = ["abc", "a longer prompt than that", [5, 6, 7], "x" * 100]
     params = [hot(1), GREEDY, hot(2, n=2), hot(3, logprobs=2, prompt_logprobs=1)]
     llm = make_llm()
     expected = [llm.generate(*pair) for pair in zip(prompts, params, strict=True)]
-    engine = make_engine()
     handles = [engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
     for handle, output in zip(handles, expected, strict=True):
         same = handle.result(SECONDS)
@@ -111,8 +128,21 @@ def test_tokens_are_those_of_llm(make_engine, make_llm):
 def test_a_conversation_is_a_prompt(engine, make_llm):
     expected = make_llm().chat(CONVERSATION, GREEDY)
     output = engine.submit(CONVERSATION, GREEDY).result(SECONDS)
-    assert output.prompt_token_ids == expected.prompt_token_ids
+    assert output.prompt_token_ids == expected.prompt_token_ids == engine.chat_prompt(CONVERSATION)
     assert output.token_ids == expected.token_ids
+
+
+def test_the_tokenizer_and_the_plan_are_those_of_llm(engine, make_llm):
+    llm = make_llm(num_blocks=256)
+    assert engine.plan == llm.plan
+    text = "how they tell"
+    ids = engine.tokenizer.encode(text)
+    assert ids == llm.tokenizer.encode(text)
+    assert engine.tokenizer.decode(ids) == text
+    for fact in ("eos_token_ids", "has_chat_template"):
+        assert getattr(engine.tokenizer, fact) == getattr(llm.tokenizer, fact)
+    with pytest.raises(InvalidRequest, match="message"):
+        engine.chat_prompt([5])
 
 
 def test_two_engines_in_one_process(make_engine, tmp_path):
@@ -313,11 +343,11 @@ def test_a_slow_reader_gets_fewer_larger_events_and_keeps_nobody_up(engine):
     assert list(rest[1].token_ids) == expected.token_ids
 
 
-def test_a_loop_that_is_busy_gets_one_call_at_a_time(engine):
+def test_a_loop_that_is_busy_gets_one_call_at_a_time(near):
     waiting = []
     events = []
-    with held(engine):
-        handle = engine.submit("abc", LONG, on_event=events.append, dispatch=waiting.append)
+    with held(near):
+        handle = near.submit("abc", LONG, on_event=events.append, dispatch=waiting.append)
         waiting.pop()()
         assert events == [Queued(0)]
     output = handle.result(SECONDS)
@@ -356,12 +386,12 @@ def test_an_error_of_a_function_ends_its_own_request_only(engine, at):
     assert other.result(SECONDS).token_ids == expected
 
 
-def test_a_loop_that_has_gone_ends_what_it_listened_to(engine):
+def test_a_loop_that_has_gone_ends_what_it_listened_to(near):
     async def submit():
         loop = asyncio.get_running_loop()
-        return engine.submit("abc", LONG, on_event=print, dispatch=loop.call_soon_threadsafe)
+        return near.submit("abc", LONG, on_event=print, dispatch=loop.call_soon_threadsafe)
 
-    with held(engine):
+    with held(near):
         handle = asyncio.run(submit())
     with pytest.raises(EngineError, match="dispatch raised RuntimeError"):
         handle.result(SECONDS)
@@ -394,15 +424,15 @@ def test_cancelling_ends_a_request_within_a_step(make_engine, stage):
     assert handle.result(0) is output
 
 
-def test_what_waits_in_the_queue_is_cancelled_at_once(engine):
-    with held(engine):
-        handle = engine.submit("abc", LONG)
+def test_what_waits_in_the_queue_is_cancelled_at_once(near):
+    with held(near):
+        handle = near.submit("abc", LONG)
         handle.cancel()
         output = handle.result(0)
         assert (output.finish_reason, output.token_ids) == ("abort", [])
         assert output.prompt_token_ids == tiny.ids("abc")
-    check_idle(engine)
-    assert engine.stats()["steps"] == 0
+    check_idle(near)
+    assert near.stats()["steps"] == 0
 
 
 def test_cancelling_after_the_end_does_nothing(engine):
@@ -551,12 +581,12 @@ def test_a_request_that_takes_too_long_ends_with_what_it_has(engine):
     assert len(other.result(SECONDS).token_ids) == 480
 
 
-def test_a_timeout_ends_what_waits_too(engine):
-    with held(engine):
-        handle = engine.submit("abc", LONG, timeout=0.05)
+def test_a_timeout_ends_what_waits_too(near):
+    with held(near):
+        handle = near.submit("abc", LONG, timeout=0.05)
         with pytest.raises(TimedOut):
             handle.result(SECONDS)
-    check_idle(engine)
+    check_idle(near)
 
 
 def test_result_may_be_waited_for_in_vain(engine):
@@ -607,7 +637,7 @@ def test_what_can_never_be_served_is_refused_at_once_with_the_room_there_is(make
 )
 def test_requests_that_make_no_sense_are_refused_by_name(engine, prompt, options, named):
     with pytest.raises(InvalidRequest, match=named):
-        engine.submit(prompt, **options)
+        engine.submit(prompt, **options).result(SECONDS)
     assert engine.stats()["open"] == 0
 
 
@@ -768,6 +798,8 @@ def test_a_model_that_cannot_be_loaded_says_why(make_engine, tmp_path, face):
 def test_options_are_those_of_llm_and_checked_at_once(make_engine):
     for options, named in [
         ({"block_size": 8}, "block_size"),
+        ({"block_size": 8, "isolate": True}, "block_size"),
+        ({"isolate": 1}, "isolate"),
         ({"max_queued": 0}, "max_queued"),
         ({"stall_after": "x"}, "stall_after"),
         ({"on_stall": 5}, "on_stall"),
@@ -937,11 +969,11 @@ def test_a_step_that_fails_leaves_what_waits_alone(make_engine, monkeypatch):
         assert waits.result(SECONDS).token_ids == expected
 
 
-def test_an_error_event_has_what_there_was_until_then(engine, monkeypatch):
+def test_an_error_event_has_what_there_was_until_then(near, monkeypatch):
     told = []
     with monkeypatch.context() as patch:
         fail(patch, "mlxpage.metal.model.Model.__call__", RuntimeError("no"), at=6)
-        handle = engine.submit("abc", GREEDY, on_event=told.append)
+        handle = near.submit("abc", GREEDY, on_event=told.append)
         with pytest.raises(EngineError, match="a step failed: RuntimeError: no"):
             handle.result(SECONDS)
     wait_until(lambda: isinstance(told[-1], Error))
