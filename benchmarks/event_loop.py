@@ -2,12 +2,14 @@
 
 Why: an app embeds the engine only if its windows stay smooth. A timer of 60 Hz, a frame's length,
 runs in the loop that reads all streams; how late it wakes is what the app's user would feel. The
-timer alone is measured first, for the machine's own share of that.
+timer alone is measured too, for the machine's own share of that. The engine runs in the app's
+process first, and then in one of its own (`isolate=True`).
 
     python benchmarks/event_loop.py [MODEL] [--streams 32] [--tokens 200] [--switch-ms 5]
 
 Python lets a thread compute for 5 ms before another gets its turn (`sys.setswitchinterval`), and
-the engine's is such a thread: an app that minds sets a shorter one, which --switch-ms tries.
+the engine's is such a thread where it isn't isolated: an app that minds sets a shorter one, which
+--switch-ms tries.
 The last line is JSON.
 """
 
@@ -58,10 +60,11 @@ async def beside(work) -> tuple[dict, float, list]:
     return {name: round(float(value), 3) for name, value in late.items()}, seconds, results
 
 
-async def measure(args) -> dict:
+async def measure(args, isolate: bool) -> dict:
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     prompts = [f"This is story number {n}. Once upon a time" for n in range(args.streams)]
-    async with AsyncEngine.load(args.model, max_num_seqs=args.streams, dtype=args.dtype) as engine:
+    options = {"max_num_seqs": args.streams, "dtype": args.dtype, "isolate": isolate}
+    async with AsyncEngine.load(args.model, **options) as engine:
         await engine.submit("Warm up", SamplingParams(max_tokens=4))
         alone, _, _ = await beside(asyncio.sleep(5))
         steps = engine.stats()["steps"]
@@ -70,8 +73,6 @@ async def measure(args) -> dict:
         steps = engine.stats()["steps"] - steps
     events, tokens = (sum(column) for column in zip(*read_, strict=True))
     return {
-        "streams": args.streams,
-        "switch_ms": args.switch_ms,
         "delay_ms": late,
         "delay_ms_alone": alone,
         "seconds": round(seconds, 2),
@@ -92,15 +93,19 @@ def main() -> None:
     args = parser.parse_args()
     sys.setswitchinterval(args.switch_ms / 1e3)
 
-    result = asyncio.run(measure(args))
-    for name, late in (("alone", "delay_ms_alone"), ("beside the streams", "delay_ms")):
-        told = ", ".join(f"{key} {value:.2f}" for key, value in result[late].items())
-        print(f"timer of {HZ} Hz {name}: ms late: {told}")
-    print(
-        f"{result['tokens']:,} tokens in {result['events']:,} events, {result['tok_s']} tok/s, "
-        f"{result['step_ms']} ms a step"
-    )
-    print(json.dumps(about("event_loop.py") | result))
+    results = {}
+    for arm, isolate in (("in_process", False), ("isolated", True)):
+        results[arm] = result = asyncio.run(measure(args, isolate))
+        print(arm.replace("_", " "))
+        for name, late in (("alone", "delay_ms_alone"), ("beside the streams", "delay_ms")):
+            told = ", ".join(f"{key} {value:.2f}" for key, value in result[late].items())
+            print(f"  timer of {HZ} Hz {name}: ms late: {told}")
+        print(
+            f"  {result['tokens']:,} tokens in {result['events']:,} events, {result['tok_s']} "
+            f"tok/s, {result['step_ms']} ms a step"
+        )
+    given = {"streams": args.streams, "switch_ms": args.switch_ms}
+    print(json.dumps(about("event_loop.py") | given | results))
 
 
 if __name__ == "__main__":

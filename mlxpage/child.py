@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -198,7 +199,7 @@ class _Server:
         """Sends what there is, all at once, and waits for more. Whoever is slow to read is waited
         for here, while events are taken together in their mailboxes."""
         goes_on = True
-        with suppress(OSError):  # nobody hears it any more
+        try:
             while goes_on:
                 goes_on = self._fill(self._outbox.get())
                 with suppress(queue.Empty):
@@ -207,6 +208,12 @@ class _Server:
                 batch, self._batch = self._batch, []
                 if batch:
                     self._connection.send(batch)
+        except OSError:
+            return  # nobody hears it any more
+        except Exception:
+            # Better no process than one that nobody hears of: the app starts another.
+            traceback.print_exc()
+            os._exit(1)
 
     def _fill(self, put: Callable[[], None] | None) -> bool:
         if put is not None:

@@ -100,6 +100,8 @@ class EngineProcess:
         return self._keeper.call(function)
 
     def restart(self) -> None:
+        if not self.is_running:
+            raise self.refusal()
         self._keeper.restart()
 
 
@@ -157,6 +159,8 @@ class Keeper:
             if goes_on:
                 self._end()
         finally:
+            if not self.ready.done():
+                self.ready.set_exception(EngineError("closed while the model was loading"))
             while self._early:
                 self._inbox.put(self._early.popleft())
             self._ended.set()
@@ -168,7 +172,7 @@ class Keeper:
         except (OSError, EngineError) as error:
             failure = EngineError(f"no process for the engine can be started: {error}")
             failure.__cause__ = error
-            self._give_up(failure)
+            self.ready.set_exception(failure)
             return False
         return True
 
@@ -191,21 +195,21 @@ class Keeper:
         return True
 
     def _after_death(self, dead: Child) -> bool:
+        # In this order: who hears of it sees what has become of the engine.
         self.pulse.step_began = None
+        if self.ready.done():
+            self.ready = _promise()
         failure, told = dead.failure, f"the engine's process {dead.end}"
         if failure is None and dead.is_death and self._is_given_up():
             failure = EngineError(
-                f"{told}, for the {MOST_DEATHS}rd time within {WITHIN_SECONDS / 60:.0f} minutes, "
-                "and isn't started again. See what it wrote to the standard error; then close this "
-                "engine and load another, with less memory perhaps."
+                f"{told}. It was the last of {MOST_DEATHS} ends within {WITHIN_SECONDS / 60:.0f} "
+                "minutes, and none is started again. See what it wrote to the standard error; then "
+                "close this engine and load another, with less memory perhaps."
             )
         if failure is None:
             failure = self.tell("on_status", f"{told}; the model is loaded again")
-        # Who hears that a request has ended sees what has become of the engine.
         if failure is not None:
-            self._give_up(failure)
-        elif self.ready.done():
-            self.ready = _promise()
+            self.ready.set_exception(failure)
         dead.fail(EngineError(f"{told} before the request had ended"))
         return failure is None and self._start()
 
@@ -213,11 +217,6 @@ class Keeper:
         now = time.monotonic()
         self._deaths = [*(at for at in self._deaths if now - at < WITHIN_SECONDS), now]
         return len(self._deaths) >= MOST_DEATHS
-
-    def _give_up(self, failure: Exception) -> None:
-        if self.ready.done():
-            self.ready = _promise()
-        self.ready.set_exception(failure)
 
     def tell(self, name: str, *arguments) -> EngineError | None:
         """Calls one of the app's functions; the error that this ends the loading with."""
@@ -241,9 +240,8 @@ class Keeper:
             ending.kill()
             ending.reader.join()
         self.pulse.step_began = None
-        if not self.ready.done():
-            failure = EngineError("closed while the model was loading")
-            self.ready.set_exception(ending.failure or failure)
+        if not self.ready.done() and ending.failure is not None:
+            self.ready.set_exception(ending.failure)
         ending.fail(EngineError("the engine is closed"))
 
     def _has_ended(self, ending: Child, seconds: float) -> bool:

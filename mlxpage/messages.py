@@ -114,7 +114,8 @@ def portable(error: BaseException) -> Exception:
     """An error for another process: of its own class if that is one of ours or Python's, and else
     an EngineError that says which. What has caused it comes along as a note."""
     try:
-        if type(error).__module__ not in ("mlxpage.errors", "builtins"):
+        known = type(error).__module__ in ("mlxpage.errors", "builtins")
+        if not (known and isinstance(error, Exception)):
             raise TypeError("a class that the other process may not have")
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
