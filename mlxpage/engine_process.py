@@ -238,7 +238,6 @@ class Keeper:
         ending.send(messages.Close())
         if not self._has_ended(ending, messages.CLOSE_SECONDS):
             ending.kill()
-            ending.reader.join()
         self.pulse.step_began = None
         if not self.ready.done() and ending.failure is not None:
             self.ready.set_exception(ending.failure)
@@ -303,7 +302,8 @@ class Child:
         self._process.kill()
 
     def fail(self, error: EngineError) -> None:
-        """Ends everything that waits for it, once it has ended."""
+        """Ends everything that waits for it, once it has ended itself or been killed."""
+        self.reader.join()
         self._connection.close()
         for request in list(self._requests.values()):
             request.put(Error(error))
