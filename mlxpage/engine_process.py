@@ -145,6 +145,9 @@ class Keeper:
         # The garbage collector may call this on any thread, and a callback on the reader's.
         mine = self.thread, self._child and self._child.reader
         if self.thread.is_alive() and threading.current_thread() not in mine:
+            self.thread.join(messages.CLOSE_SECONDS + EXIT_SECONDS)
+            # It is still sending, if it hasn't ended: to a process that hangs and reads nothing.
+            self.restart()
             self.thread.join()
 
     # -- on its own --

@@ -340,6 +340,22 @@ def test_a_process_that_does_not_end_when_asked_is_killed(load, tiny_folder, mon
         handle.result(0)
 
 
+def test_a_process_that_hangs_and_reads_nothing_can_be_closed(load, tiny_folder, monkeypatch):
+    monkeypatch.setattr(messages, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(engine_process, "EXIT_SECONDS", 0.1)
+    engine = load(tiny_folder).wait(SECONDS)
+    process = psutil.Process(pid_of(engine))
+    process.suspend()
+    handles = [engine.submit("x" * 10**6) for _ in range(3)]  # more than fits into a pipe
+    monkeypatch.setattr(engine_process, "STATS_SECONDS", 0.1)
+    assert engine.stats() == {"state": "ready", "open": 3, "queued": 3, "step_s": None}
+    engine.close()
+    assert not process.is_running()
+    for handle in handles:
+        with pytest.raises(EngineError, match="the engine is closed"):
+            handle.result(SECONDS)
+
+
 def test_an_engine_that_nobody_holds_ends_its_process(tiny_folder):
     before = threading.active_count()
     app = App()
