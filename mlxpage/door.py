@@ -122,6 +122,12 @@ class Door:
         """How the budget is divided, in bytes and blocks."""
         return self._engine.plan
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together: the model's context, or what the
+        pool may grow to hold, if that is less."""
+        return self._engine.context_length
+
     def trim(self, *, cached: bool = False) -> int:
         """Gives blocks that nobody uses back to the system; returns the bytes.
 

@@ -106,6 +106,13 @@ class Engine:
         self._num_failed_steps = 0
         self._peak_blocks = self._peak_bytes = 0
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and what comes of it may have together: the model's context, or
+        what the pool may grow to hold, if that is less. Safe from any thread."""
+        context = self.model.context_length if self.model else None
+        return min(context or 2**31, self.scheduler.blocks.longest_sequence())
+
     def request(
         self,
         prompt: list[int],

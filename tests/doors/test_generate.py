@@ -27,6 +27,11 @@ def tokens(outputs) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
+def test_the_context_is_the_models_or_what_the_pool_can_hold(make_llm):
+    assert make_llm(num_blocks=128).context_length == tiny.CONTEXT
+    assert make_llm(num_blocks=8).context_length == 8 * 16
+
+
 # -- prompts and params --
 
 
