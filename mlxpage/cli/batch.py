@@ -24,7 +24,7 @@ from mlxpage.cli.batch_lines import AnswerFile, Line
 from mlxpage.cli.generate import prompt_ids
 from mlxpage.cli.loading import loaded
 from mlxpage.cli.options import engine_options, model_argument, sampling_options, split
-from mlxpage.cli.output import say
+from mlxpage.cli.output import is_terminal, say
 from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidRequest, MlxpageError
 from mlxpage.events import Done, Error, Tokens
@@ -65,7 +65,7 @@ def command(
     if max_queued is not None and max_queued < 1:
         raise InvalidRequest(f"--max-queued is {max_queued}; it must be at least 1")
     window = 4 * max(1, max_num_seqs) if max_queued is None else max_queued
-    engine |= {"max_num_seqs": max_num_seqs, "load": partial(_serving, max_queued=window)}
+    engine |= {"max_num_seqs": max_num_seqs, "max_queued": window}
     basis = json.dumps([model, params, system, raw, engine["adapter_path"]])
     with _input(source) as stream, _answers(source, target, resume) as answers:
         run = _Run(params, answers, window, ordered)
@@ -83,10 +83,6 @@ def command(
         if not quiet:
             say(run.summary(), dim=True)
         return FAILED if run.failed else 0
-
-
-def _serving(model, *, max_queued, **options):
-    return mlxpage.AsyncEngine.load(model, max_queued=max_queued, **options).wait()
 
 
 def _ids(llm, system: str | None, raw: bool, asked: lines.Asked) -> list[int]:
@@ -333,7 +329,7 @@ def _say_all_done(answers: AnswerFile, quiet: bool) -> None:
 def _bar(quiet: bool, target: str | None, total: int | None, done: int):
     """A function that shows how far a run is, on a terminal that shows nothing else."""
     prints = target in (None, "-") and sys.stdout.isatty()
-    if quiet or prints or not sys.stderr.isatty():
+    if quiet or prints or not is_terminal(sys.stderr):
         yield lambda run: None
         return
     from rich.console import Console

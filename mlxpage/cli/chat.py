@@ -3,77 +3,80 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import click
 
 import mlxpage
+from mlxpage.cli import options
 from mlxpage.cli.loading import loaded
-from mlxpage.cli.options import engine_options, model_argument, sampling_options, split
-from mlxpage.cli.output import say, show_error
+from mlxpage.cli.output import is_terminal, say
 from mlxpage.cli.settings import setting
-from mlxpage.errors import EngineError, InvalidRequest
+from mlxpage.cli.talk import QUOTES, Talk, is_open
+from mlxpage.errors import InvalidRequest
 
 
 @click.command()
-@model_argument
+@options.model_argument
 @setting("-n", "--max-tokens", type=int, help="Per answer; none: until the model ends.")
-@sampling_options
+@options.sampling_options
 @setting("-s", "--system", help="System message.")
-@engine_options
-def command(model, max_tokens, system, **options):
+@options.engine_options
+@click.option("--no-history", is_flag=True, help="Don't keep what is typed for the next chat.")
+@options.stats
+def command(model, max_tokens, system, no_history, stats, **given):
     """Talk with MODEL.
 
-    Ctrl-C stops an answer, Ctrl-D or /exit ends the talk, /clear forgets it.
+    Ctrl-C stops an answer, Ctrl-D or /exit ends the talk, /clear forgets it; /help tells more. A
+    message that begins with three quotes goes on until three quotes end it.
     """
-    params, engine = split(options)
+    params, engine = options.split(given)
     params = mlxpage.SamplingParams(max_tokens=max_tokens, **params)
-    begin = [{"role": "system", "content": system}] if system else []
-    messages = list(begin)
-    with loaded(model, False, max_num_seqs=1, **engine) as llm:
-        llm.chat_prompt([*begin, {"role": "user", "content": "Hi"}])  # has it a chat template?
-        while (line := _ask()) is not None:
-            if line == "/exit":
-                break
-            if line == "/clear":
-                messages = list(begin)
-            elif line.startswith("/"):
-                say(f"{line.split()[0]} is no command; there are /clear and /exit")
-            elif line:
-                messages = _turn(llm, messages, line, params)
+    stats = sys.stderr.isatty() if stats is None else stats
+    with loaded(model, False, max_num_seqs=1, **engine) as engine:
+        talk = Talk(engine, model, params, system, stats=stats)
+        with _reader(history=not no_history) as ask:
+            while not talk.is_over:
+                try:
+                    if (text := ask(talk)) is None:
+                        break
+                    talk.take(text)
+                except KeyboardInterrupt:  # of a line that was begun, not of the chat
+                    click.echo(err=True)
+
+
+@contextmanager
+def _reader(*, history: bool) -> Iterator[Callable[[Talk], str | None]]:
+    """A function that asks for the next message of a talk; None at the end."""
+    if not (sys.stdin.isatty() and is_terminal(sys.stderr)):
+        yield lambda talk: _ask()
+        return
+    from mlxpage.cli.line_editor import LineEditor, held_typing
+
+    editor = LineEditor(history=history)
+    say("/help lists commands, Ctrl-D ends the chat.", dim=True)
+    with held_typing():
+        yield lambda talk: editor.ask(talk.gauge)
 
 
 def _ask() -> str | None:
-    """The user's next line, None at its end."""
+    """The next message as plain lines, from a pipe or a terminal that shows nothing else."""
+    text = _read_line("> ")
+    while text is not None and is_open(text):
+        if (line := _read_line(". ")) is None:
+            raise InvalidRequest(f"a message begins with {QUOTES} and never ends; add {QUOTES}")
+        text += line
+    return text
+
+
+def _read_line(prompt: str) -> str | None:
     if sys.stdin.isatty():
-        click.echo("> ", nl=False, err=True)
+        click.echo(prompt, nl=False, err=True)
     try:
         line = sys.stdin.readline()
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        return ""
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is no text in {error.encoding}") from None
-    if not line:
-        return None
-    return line.strip()
-
-
-def _turn(llm, messages, line: str, params) -> list[dict[str, str]]:
-    """Prints the answer to `line`; returns the conversation with both, or as it was."""
-    asked = [*messages, {"role": "user", "content": line}]
-    text = ""
-    try:
-        for event in llm.stream(llm.chat_prompt(asked), params):
-            text += event.text
-            click.echo(event.text, nl=False)
-    except KeyboardInterrupt:
-        say(" (stopped)", dim=True)
-    except InvalidRequest as error:
-        show_error(f"{error} /clear begins a new conversation.", error)
-        return messages
-    except EngineError as error:
-        click.echo()
-        show_error(str(error), error)
-        return messages
-    click.echo()
-    return [*asked, {"role": "assistant", "content": text}]
+    if not line and sys.stdin.isatty():
+        click.echo(err=True)  # behind Ctrl-D
+    return line or None

@@ -3,61 +3,94 @@
 from __future__ import annotations
 
 import json
+import queue
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 import mlxpage
+from mlxpage.cli import options
 from mlxpage.cli.loading import loaded
-from mlxpage.cli.options import (
-    engine_options,
-    model_argument,
-    read_stdin,
-    sampling_options,
-    split,
-)
 from mlxpage.cli.output import answer, say, versions
+from mlxpage.cli.progress import PrefillBar
 from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidRequest
+from mlxpage.events import Done, Error, Event, Preempted, Prefill, Tokens
+from mlxpage.outputs import RequestOutput
+
+Show = Callable[[int, Event], None]
+"""What is done with the events of prompts: (index of the prompt, event)."""
 
 
 @click.command()
-@model_argument
+@options.model_argument
 @click.argument("prompts", metavar="PROMPT...", nargs=-1)
 @setting("-n", "--max-tokens", type=int, default=256, show_default=True, help="Per answer.")
-@sampling_options
+@options.sampling_options
 @setting("-s", "--system", help="System message, for models that chat.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
 @setting("--max-num-seqs", type=int, help="Answers computed at once; all, up to 32.")
-@engine_options
+@options.engine_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option("--jsonl", "as_events", is_flag=True, help="Events on stdout, a JSON line for each.")
+@options.stats
 @setting("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
-def command(model, prompts, max_tokens, system, raw, max_num_seqs, as_json, quiet, **options):
+def command(
+    model,
+    prompts,
+    max_tokens,
+    system,
+    raw,
+    max_num_seqs,
+    as_json,
+    as_events,
+    stats,
+    quiet,
+    **given,
+):
     """Answer one or many PROMPTs at once.
 
     A PROMPT of '-', or none at all with piped input, reads standard input. A model with a chat
     template gets the prompt as a user's message, unless --raw is given.
     """
-    params, engine = split(options)
+    params, engine = options.split(given)
     params = mlxpage.SamplingParams(max_tokens=max_tokens, **params)
-    prompts = [read_stdin() if prompt == "-" else prompt for prompt in _given(prompts)]
+    if as_json and as_events:
+        raise click.UsageError("--json or --jsonl, not both: stdout has one form")
+    prompts = [options.read_stdin() if prompt == "-" else prompt for prompt in _given(prompts)]
     if not raw and not all(prompt.strip() for prompt in prompts):
         raise InvalidRequest("a PROMPT is empty; write something, or give --raw to mean it")
     engine["max_num_seqs"] = min(32, len(prompts)) if max_num_seqs is None else max_num_seqs
-    with loaded(model, quiet, **engine) as llm:
-        raw = raw or not llm.tokenizer.has_chat_template
-        ids = [prompt_ids(llm, prompt, system, raw) for prompt in prompts]
+    began = time.perf_counter()
+    with loaded(model, quiet, max_queued=len(prompts), **engine) as engine:
+        load_s = time.perf_counter() - began
+        raw = raw or not engine.tokenizer.has_chat_template
+        ids = [prompt_ids(engine, prompt, system, raw) for prompt in prompts]
+        about = {"model": model, "chat_template": not raw, "load_s": round(load_s, 4)}
         started = time.perf_counter()
-        outputs = _answer(llm, prompts, ids, params, as_json)
+        events = _submit(engine, ids, params)
+        if as_events:
+            _print_line("begin", **about, versions=versions())
+        show = _print_event if as_events else _nothing if as_json else _InOrder(prompts).show
+        bar = PrefillBar(sum(map(len, ids)), quiet=quiet or as_events)
+        outputs = _answer(events, len(ids), show, bar)
         seconds = time.perf_counter() - started
-        stats = llm.stats()
+        facts = engine.stats()
+        whole = _of_the_whole(outputs, seconds, facts)
         if as_json:
-            record = _generate_record(llm, model, prompts, outputs, seconds, stats, raw)
-            click.echo(json.dumps(record))
-        if not quiet:
-            say(_summary(outputs, seconds, stats), dim=True)
+            records = [
+                {"prompt": prompt, **answer(output)}
+                for prompt, output in zip(prompts, outputs, strict=True)
+            ]
+            record = {"schema": "mlxpage.generate/1", **about, "outputs": records, **whole}
+            click.echo(json.dumps(record | {"versions": versions()}))
+        if as_events:
+            _print_line("end", **whole)
+        if not quiet if stats is None else stats:
+            say(_summary(outputs, seconds, facts), dim=True)
 
 
 def _given(prompts: tuple[str, ...]) -> list[str]:
@@ -68,43 +101,75 @@ def _given(prompts: tuple[str, ...]) -> list[str]:
     return ["-"]
 
 
-def prompt_ids(llm, prompt: str, system: str | None, raw: bool) -> list[int]:
+def prompt_ids(engine, prompt: str, system: str | None, raw: bool) -> list[int]:
     if raw:
         if system:
             raise InvalidRequest("--system needs a model with a chat template, and no --raw")
-        return llm.tokenizer.encode(prompt)
+        return engine.tokenizer.encode(prompt)
     messages = [{"role": "system", "content": system}] if system else []
-    return llm.chat_prompt([*messages, {"role": "user", "content": prompt}])
+    return engine.chat_prompt([*messages, {"role": "user", "content": prompt}])
 
 
-def _answer(llm, prompts, ids, params, as_json) -> list:
-    """All outputs. Texts go to stdout in the order of the prompts: the first that isn't finished
-    as it comes, the others behind it."""
-    outputs: list = [None] * len(ids)
-    held = [""] * len(ids)
-    current = 0
+def _submit(engine, prompts: list[list[int]], params) -> Iterator[tuple[int, Event]]:
+    """Begins all; (index of the prompt, event) as they come, without an end."""
+    events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    for index, prompt in enumerate(prompts):
+        engine.submit(prompt, params, on_event=lambda event, i=index: events.put((i, event)))
+    return iter(events.get, None)
 
-    def headline(index: int) -> None:
-        if len(prompts) > 1:
-            click.secho(f"{'' if index == 0 else chr(10)}==> {' '.join(prompts[index].split())}")
 
-    if not as_json:
-        headline(0)
-    for index, event in llm.stream_many(ids, params):
-        outputs[index] = event.output
-        held[index] += event.text
-        if as_json:
-            continue
-        while current < len(ids):
-            click.echo(held[current], nl=False)
-            held[current] = ""
-            if outputs[current] is None:
+def _answer(events, count: int, show: Show, bar: PrefillBar) -> list[RequestOutput]:
+    """The outputs of `count` prompts, once they are all there."""
+    outputs: dict[int, RequestOutput] = {}
+    with bar:
+        while len(outputs) < count:
+            index, event = next(events)
+            match event:
+                case Prefill():
+                    bar.show(event, index)
+                case Tokens():
+                    bar.hide()
+                case Done(output=output):
+                    outputs[index] = output
+            show(index, event)
+            if isinstance(event, Error):
+                raise event.error
+    return [outputs[index] for index in range(count)]
+
+
+# -- as text --
+
+
+class _InOrder:
+    """Texts on stdout in the order of the prompts: the first that isn't finished as it comes, the
+    others behind it."""
+
+    def __init__(self, prompts: list[str]):
+        self._prompts = prompts
+        self._held = [""] * len(prompts)
+        self._ended = [False] * len(prompts)
+        self._current = 0
+        self._headline()
+
+    def show(self, index: int, event: Event) -> None:
+        if isinstance(event, Tokens):
+            self._held[index] += event.text
+        elif isinstance(event, Done):
+            self._ended[index] = True
+        while self._current < len(self._prompts):
+            current = self._current
+            click.echo(self._held[current], nl=False)
+            self._held[current] = ""
+            if not self._ended[current]:
                 break
             click.echo()
-            current += 1
-            if current < len(ids):
-                headline(current)
-    return outputs
+            self._current += 1
+            self._headline()
+
+    def _headline(self) -> None:
+        if len(self._prompts) > 1 and self._current < len(self._prompts):
+            prompt = " ".join(self._prompts[self._current].split())
+            click.secho(f"{chr(10) if self._current else ''}==> {prompt}")
 
 
 def _summary(outputs, seconds: float, stats) -> str:
@@ -123,18 +188,35 @@ def _summary(outputs, seconds: float, stats) -> str:
     )
 
 
-def _generate_record(llm, model, prompts, outputs, seconds, stats, raw) -> dict[str, Any]:
+# -- as JSON --
+
+
+def _nothing(index: int, event: Event) -> None: ...
+
+
+def _print_event(index: int, event: Event) -> None:
+    match event:
+        case Prefill(computed, of, cached):
+            tokens = {"computed_tokens": computed, "prompt_tokens": of, "cached_tokens": cached}
+            _print_line("prefill", index=index, **tokens)
+        case Tokens(text, token_ids):
+            _print_line("tokens", index=index, text=text, token_ids=token_ids)
+        case Preempted(count):
+            _print_line("preempted", index=index, preemptions=count)
+        case Done(output):
+            _print_line("done", index=index, **answer(output))
+        case Error(error):
+            _print_line("error", index=index, error=str(error), exit_code=error.exit_code)
+
+
+def _print_line(type: str, **facts) -> None:
+    click.echo(json.dumps({"schema": "mlxpage.event/1", "type": type, **facts}))
+
+
+def _of_the_whole(outputs, seconds: float, stats) -> dict[str, Any]:
     return {
-        "schema": "mlxpage.generate/1",
-        "model": model,
-        "chat_template": not raw,
-        "outputs": [
-            {"prompt": prompt} | answer(output)
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ],
         "seconds": round(seconds, 4),
         "output_tokens_per_second": round(sum(len(o.token_ids) for o in outputs) / seconds, 2),
         "pool": stats["blocks"] | {"block_size": stats["block_size"]},
         "bytes": stats["bytes"],
-        "versions": versions(),
     }

@@ -90,6 +90,8 @@ engine_options = options(
     dtype,
 )
 
+stats = click.option("--stats/--no-stats", default=None, help="Figures after an answer, on stderr.")
+
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of sampling, and of the engine."""

@@ -6,26 +6,32 @@ import os
 import sys
 import traceback
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 import mlxpage
-from mlxpage.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from mlxpage.outputs import RequestOutput
 
 
 def color() -> bool | None:
     """Whether to colour lines, as click takes it; None: on a terminal."""
-    return False if os.environ.get("NO_COLOR") else None
+    return False if os.environ.get("NO_COLOR") or _is_dumb() else None
 
 
 def say(line: str, **style: Any) -> None:
     click.secho(line, err=True, color=color(), **style)
 
 
-def can_draw() -> bool:
-    """Whether stderr is a terminal on which a bar can be drawn again and again."""
-    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+def is_terminal(stream: TextIO) -> bool:
+    """Whether it shows bars and colours, and not only lines."""
+    return stream.isatty() and not _is_dumb()
+
+
+def _is_dumb() -> bool:
+    return os.environ.get("TERM") in ("dumb", "unknown")
 
 
 def show_error(message: str, error: Exception) -> None:
@@ -50,11 +56,7 @@ def answer(output: RequestOutput) -> dict[str, Any]:
             "completion_tokens": len(output.token_ids),
             "cached_tokens": output.num_cached_tokens,
         },
-        "timings": {
-            "queue_s": round(output.timings.queue_s, 4),
-            "ttft_s": round(output.timings.ttft_s, 4),
-            "total_s": round(output.timings.total_s, 4),
-        },
+        "timings": timings(output),
     }
 
 
@@ -69,3 +71,23 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {"mlxpage": mlxpage.__version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
+
+
+def timings(output: RequestOutput) -> dict[str, float | None]:
+    """Seconds of a generation, and tokens per second: of its prompt, those that were computed, and
+    of the answer, those after the first. None where there are none."""
+    times, num_prompt = output.timings, len(output.prompt_token_ids)
+    first, last = times.first_token, times.finished
+    return {
+        "queue_s": round(times.queue_s, 4),
+        "ttft_s": round(times.ttft_s, 4),
+        "total_s": round(times.total_s, 4),
+        "prefill_tps": _rate(num_prompt - output.num_cached_tokens, times.scheduled, first),
+        "decode_tps": _rate(len(output.token_ids) - 1, first, last),
+    }
+
+
+def _rate(tokens: int, began: float | None, ended: float | None) -> float | None:
+    if tokens < 1 or began is None or ended is None or ended <= began:
+        return None
+    return round(tokens / (ended - began), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import click
 
 from mlxpage.cli.options import model_argument
-from mlxpage.cli.output import can_draw, say
+from mlxpage.cli.output import is_terminal, say
 from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidModel
 from mlxpage.sizes import gigabytes
@@ -53,7 +54,7 @@ def _progress(quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[in
     """What to call with lines, and with bytes done and in all."""
     if quiet:
         yield lambda line: None, lambda done, total: None
-    elif not can_draw():
+    elif not is_terminal(sys.stderr):
         yield lambda line: say(line), _Tenths()
     else:
         from rich import progress

@@ -1,7 +1,9 @@
 """A tiny model on disk, what is made of it, and the command line as a function."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import tiny_folder as tiny
+
+import mlxpage
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -116,3 +120,23 @@ def python():
         )
 
     return run
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    """Answers are of letters alone: no newline of the tiny model's mixes with ours."""
+    other = {i: -100.0 for i in range(tiny.VOCAB) if i not in set(tiny.ids("abcdefghijklmnop"))}
+    make = mlxpage.SamplingParams
+    monkeypatch.setattr(
+        mlxpage, "SamplingParams", lambda **given: make(logit_bias=other, **given), raising=False
+    )
+
+
+@pytest.fixture
+def untemplated_folder(tiny_folder, tmp_path) -> Path:
+    """A model that doesn't chat."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "untemplated")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    tiny.write(folder / "tokenizer_config.json", config)
+    return folder

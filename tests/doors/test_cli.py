@@ -1,11 +1,11 @@
 """The command line: what it prints where, and what it gives back."""
 
 import json
-import sys
 
 import click
 import pytest
 import tiny_folder as tiny
+import trouble
 from command_tree import commands
 from families import zoo
 from families.configs import config
@@ -13,7 +13,7 @@ from families.configs import config
 import mlxpage
 from mlxpage import describe
 from mlxpage.block_store import BlockStore
-from mlxpage.cli import chat, output
+from mlxpage.cli import output
 from mlxpage.cli.main import cli as group
 from mlxpage.metal import choice
 from mlxpage.metal.model import Model
@@ -25,16 +25,6 @@ def answers(out: str) -> list[tuple[str, str]]:
     """(headline, answer) pairs of several prompts."""
     parts = out.removeprefix("==> ").split("\n\n==> ")
     return [tuple(part.rstrip("\n").split("\n", 1)) for part in parts]
-
-
-@pytest.fixture
-def letters(monkeypatch):
-    """Answers are of letters alone: no newline of the tiny model's mixes with ours."""
-    other = {i: -100.0 for i in range(tiny.VOCAB) if i not in set(tiny.ids("abcdefghijklmnop"))}
-    make = mlxpage.SamplingParams
-    monkeypatch.setattr(
-        mlxpage, "SamplingParams", lambda **given: make(logit_bias=other, **given), raising=False
-    )
 
 
 # -- generate --
@@ -81,6 +71,7 @@ def test_json_is_one_document_with_these_keys_and_nothing_else(cli, tiny_folder,
         "schema",
         "model",
         "chat_template",
+        "load_s",
         "outputs",
         "seconds",
         "output_tokens_per_second",
@@ -96,10 +87,70 @@ def test_json_is_one_document_with_these_keys_and_nothing_else(cli, tiny_folder,
     text = cli("generate", tiny_folder, "one", *GREEDY).out.strip()
     assert (first["text"], first["finish_reason"]) == (text, "length")
     assert first["usage"] == {"prompt_tokens": 22, "completion_tokens": 6, "cached_tokens": 0}
-    assert set(first["timings"]) == {"queue_s", "ttft_s", "total_s"}
+    times = first["timings"]
+    assert set(times) == {"queue_s", "ttft_s", "total_s", "prefill_tps", "decode_tps"}
+    assert 0 < times["ttft_s"] < times["total_s"] < record["load_s"] + record["seconds"]
+    assert times["decode_tps"] == pytest.approx(5 / (times["total_s"] - times["ttft_s"]), rel=0.1)
     assert set(record["pool"]) >= {"total", "used", "free", "peak_used", "block_size"}
     assert set(record["bytes"]) >= {"budget", "weights", "scratch", "pool", "active", "peak"}
     assert record["versions"]["mlxpage"] == mlxpage.__version__
+
+
+def events(ran) -> list[dict]:
+    lines = [json.loads(line) for line in ran.out.splitlines()]
+    assert all(line.pop("schema") == "mlxpage.event/1" for line in lines)
+    return lines
+
+
+def test_events_tell_of_each_prompt_as_it_goes_on(cli, tiny_folder, letters):
+    ran = cli("generate", tiny_folder, "one", "two", *GREEDY, "--jsonl")
+    first, *between, last = events(ran)
+    assert (first["type"], last["type"]) == ("begin", "end")
+    assert first["model"] == str(tiny_folder) and first["versions"]["mlxpage"]
+    record = json.loads(cli("generate", tiny_folder, "one", "two", *GREEDY, "--json").out)
+    for index, answer in enumerate(record["outputs"]):
+        prefill, *tokens, done = [event for event in between if event["index"] == index]
+        assert prefill == {
+            "type": "prefill",
+            "index": index,
+            "computed_tokens": 22,
+            "prompt_tokens": 22,
+            "cached_tokens": 0,
+        }
+        assert {event["type"] for event in tokens} == {"tokens"}
+        assert "".join(event["text"] for event in tokens) == done["text"] == answer["text"]
+        assert sum(len(event["token_ids"]) for event in tokens) == 6
+        assert done["type"] == "done" and done["usage"] == answer["usage"]
+        assert set(done) - {"type", "index"} == set(answer) - {"prompt"}
+    assert set(first | last) - {"type"} == set(record) - {"schema", "outputs"}
+
+
+def test_a_failed_step_is_the_last_event(cli, tiny_folder, monkeypatch):
+    trouble.fail(monkeypatch, "mlxpage.engine.Engine._record", RuntimeError("no memory"), at=2)
+    ran = cli("generate", tiny_folder, "one", *GREEDY, "--jsonl")
+    told = "a step failed: RuntimeError: no memory"
+    error = {"type": "error", "index": 0, "error": told, "exit_code": 1}
+    assert events(ran)[-1] == error
+    assert (ran.code, ran.error[-1]) == (1, f"Error: {told}")
+
+
+def test_a_prompt_that_cannot_be_served_leaves_stdout_empty(cli, tiny_folder):
+    for form in ([], ["--json"], ["--jsonl"]):
+        ran = cli("generate", tiny_folder, "one", "x" * 600, *GREEDY, *form)
+        assert (ran.code, ran.out) == (2, "")
+
+
+def test_more_prompts_than_an_engine_lets_wait_are_answered(cli, tiny_folder):
+    ran = cli("generate", tiny_folder, *map(str, range(1025)), "--raw", "-n", "1", "--json")
+    assert ran.code == 0 and len(json.loads(ran.out)["outputs"]) == 1025
+
+
+def test_figures_may_be_had_alone_or_left_out(cli, tiny_folder):
+    def said(*options):
+        return cli("generate", tiny_folder, "a", *GREEDY, *options).err.splitlines()
+
+    assert [line[:6] for line in said("--no-stats")] == ["pool u"]
+    assert [line[:8] for line in said("-q", "--stats")] == ["1 answer"]
 
 
 def test_a_prompt_comes_from_stdin_if_none_is_given_or_by_a_dash(cli, tiny_folder, letters):
@@ -119,11 +170,10 @@ def test_raw_continues_the_prompt_without_template(cli, tiny_folder):
     assert usage("-s", "Be brief.") == (True, 22 + 19)
 
 
-def test_a_model_without_template_gets_the_prompt_as_it_is(cli, tiny_folder, tmp_path):
-    folder = without_template(tiny_folder, tmp_path)
-    ran = cli("generate", folder, "abc", *GREEDY, "--json")
+def test_a_model_without_template_gets_the_prompt_as_it_is(cli, untemplated_folder):
+    ran = cli("generate", untemplated_folder, "abc", *GREEDY, "--json")
     assert json.loads(ran.out)["outputs"][0]["usage"]["prompt_tokens"] == 3
-    assert cli("generate", folder, "abc", "-s", "Be brief.").code == 2
+    assert cli("generate", untemplated_folder, "abc", "-s", "Be brief.").code == 2
 
 
 def test_seed_makes_an_answer_reproducible(cli, tiny_folder):
@@ -200,144 +250,7 @@ def test_no_color_is_no_color(monkeypatch, no_color, color):
     assert asked == [color]
 
 
-# -- chat --
-
-
-@pytest.fixture
-def talk(cli, tiny_folder, letters):
-    """talk(*lines) -> the answers, and the rest of what was said"""
-
-    def talked(*lines, options=("--temp", "0", "-n", "6")):
-        ran = cli("chat", tiny_folder, *options, stdin="".join(f"{line}\n" for line in lines))
-        assert ran.code == 0, ran.err
-        return ran.out.splitlines(), ran.err.splitlines()[1:]
-
-    return talked
-
-
-def test_a_talk_remembers_its_turns_until_it_is_cleared(talk):
-    (first,), said = talk("hello")
-    assert len(first) == 6 and said == []
-    replies, _ = talk("hello", "hello", "/clear", "hello")
-    assert replies[0] == replies[2] == first
-    assert replies[1] != first
-
-
-def test_a_talk_ends_with_exit_or_with_its_input(talk):
-    assert talk("hello", "/exit", "hello") == talk("hello")
-    assert talk() == talk("/exit") == ([], [])
-
-
-def test_empty_lines_are_no_turns(talk):
-    assert talk("", "hello", "   ") == talk("hello")
-
-
-def test_an_unknown_command_is_named_and_the_talk_goes_on(talk):
-    replies, said = talk("/help me", "/", "hello")
-    assert len(replies) == 1
-    assert said == [
-        "/help is no command; there are /clear and /exit",
-        "/ is no command; there are /clear and /exit",
-    ]
-
-
-def test_the_system_message_is_kept_when_the_talk_is_cleared(talk):
-    options = ("--temp", "0", "-n", "6", "-s", "Be brief.")
-    replies, _ = talk("hello", "/clear", "hello", options=options)
-    assert replies[0] == replies[1] != talk("hello")[0][0]
-
-
-def test_a_turn_too_long_is_told_and_the_talk_goes_on(talk):
-    replies, said = talk("hello", "x" * 600, "hello")
-    assert replies == talk("hello", "hello")[0]
-    assert len(said) == 1
-    assert "context of 512" in said[0] and "/clear" in said[0]
-
-
-def test_a_talk_that_has_filled_the_context_can_be_cleared(talk):
-    options = ("--temp", "0", "-n", "80")
-    replies, said = talk("x" * 420, "and", "/clear", "hello", options=options)
-    assert [len(reply) for reply in replies] == [512 - 439, 80]
-    assert len(said) == 1 and "/clear begins a new conversation" in said[0]
-
-
-def test_a_failed_step_fails_one_turn(talk, monkeypatch):
-    from mlxpage.engine import Engine
-
-    compute = Engine._start
-    steps = iter(range(10**6))
-
-    def flaky(self, batch):
-        if next(steps) == 2:
-            raise RuntimeError("no memory")
-        return compute(self, batch)
-
-    monkeypatch.setattr(Engine, "_start", flaky)
-    replies, said = talk("hello", "hello")
-    assert said == ["Error: a step failed: RuntimeError: no memory"]
-    assert len(replies) == 2 and len(replies[0]) < len(replies[1]) == 6
-    monkeypatch.undo()
-
-
-def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(talk, monkeypatch):
-    echo = click.echo
-    written = []
-
-    def interrupted(message=None, **options):
-        echo(message, **options)
-        written.append(message)
-        if len(written) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(chat.click, "echo", interrupted)
-    replies, said = talk("hello", "hello")
-    assert [len(reply) for reply in replies] == [3, 6]
-    assert said == [" (stopped)"]
-
-
-def test_ctrl_c_at_the_prompt_asks_again(talk, monkeypatch):
-    asked = iter([KeyboardInterrupt, "hello\n", ""])
-
-    class Stdin:
-        def isatty(self):
-            return True
-
-        def readline(self):
-            line = next(asked)
-            if line is KeyboardInterrupt:
-                raise line
-            return line
-
-    ask = chat._ask
-
-    def patched():
-        monkeypatch.setattr(sys, "stdin", stdin)
-        return ask()
-
-    stdin = Stdin()
-    monkeypatch.setattr(chat, "_ask", patched)
-    replies, said = talk()
-    assert len(replies) == 1
-    assert said == ["> ", "> > "]
-
-
-def test_chat_needs_a_template(cli, tiny_folder, tmp_path):
-    ran = cli("chat", without_template(tiny_folder, tmp_path), stdin="hello\n")
-    assert (ran.code, ran.out) == (2, "")
-    assert "no chat template" in ran.error[-1]
-
-
-def without_template(tiny_folder, tmp_path):
-    import shutil
-
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    tiny.write(folder / "tokenizer_config.json", config)
-    return folder
-
-
-# -- info, show --
+# -- info --
 
 
 def test_info_tells_of_the_machine(cli):
@@ -522,6 +435,7 @@ def test_help_loads_nothing_heavy(python):
     )
     assert shown.returncode == 0
     loaded = set(shown.stderr.replace("'", "").strip("[]\n").split(", "))
-    heavy = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "rich", "tokenizers"}
+    heavy = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "tokenizers"}
+    heavy |= {"rich", "prompt_toolkit"}
     assert "click" in loaded
     assert not loaded & (heavy | {"gguf", "asyncio"})

@@ -114,10 +114,10 @@ def test_a_bar_is_drawn_on_a_terminal_that_can(monkeypatch):
     drawn = []
     for term in ("xterm-256color", "dumb", "unknown"):
         monkeypatch.setenv("TERM", term)
-        drawn.append(output.can_draw())
+        drawn.append(output.is_terminal(sys.stderr))
     assert drawn == [True, False, False]
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: False))
-    assert not output.can_draw()
+    assert not output.is_terminal(sys.stderr)
 
 
 def test_ctrl_c_ends_a_pull(tmp_path):

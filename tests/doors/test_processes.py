@@ -1,15 +1,24 @@
 """The command line as a process: signals, pipes, closed streams and terminals."""
 
 import contextlib
+import fcntl
 import os
+import re
 import resource
+import select
+import shlex
+import shutil
 import signal
+import stat
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
+import tiny_folder as tiny
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 30
@@ -38,11 +47,11 @@ MAIN = "from mlxpage.cli.main import main\nsys.argv[0] = 'mlxpage'\nmain()"
 class Process:
     """A running command line; what it writes is read as it comes."""
 
-    def __init__(self, arguments, patch="", **streams):
+    def __init__(self, arguments, patch="", environment=None, **streams):
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"import sys\n{patch}\n{MAIN}", *map(str, arguments)],
             cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {}),
             **{
                 "stdin": subprocess.DEVNULL,
                 "stdout": subprocess.PIPE,
@@ -76,7 +85,7 @@ class Process:
 
 @pytest.fixture
 def start():
-    """start(*arguments, patch="", **streams) -> Process, ended with the test"""
+    """start(*arguments, patch="", environment={}, **streams) -> Process, ended with the test"""
     with contextlib.ExitStack() as ends:
 
         def started(*arguments, **options) -> Process:
@@ -198,25 +207,132 @@ def test_it_runs_as_a_module_and_replaces_what_the_output_cannot_show(tiny_folde
 # -- a terminal --
 
 
-def test_a_talk_on_a_terminal(start, tiny_folder):
-    main, side = os.openpty()
-    patch = SLOW_STEPS.replace("SECONDS", "0.02")
-    process = start(
-        "chat", tiny_folder, "-n", "300", patch=patch, stdin=side, stdout=side, stderr=side
-    )
-    os.close(side)
-    screen = Screen(main)
-    screen.wait_for(b"> ")
-    os.write(main, b"hello\n")
-    screen.wait_for(b"hello")
+@pytest.fixture
+def on_terminal(start, tmp_path, tiny_folder):
+    """on_terminal(*arguments, steps=seconds of each, **environment) -> (Process, its Screen)"""
+    with contextlib.ExitStack() as ends:
+
+        def started(*arguments, steps=0.02, **environment):
+            main, side = os.openpty()
+            ends.callback(os.close, main)
+            fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
+            given = {"TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": "", "NO_COLOR": ""}
+            process = start(
+                *arguments,
+                patch=SLOW_STEPS.replace("SECONDS", str(steps)),
+                environment=given | environment,
+                **dict.fromkeys(("stdin", "stdout", "stderr"), side),
+            )
+            os.close(side)
+            return process, Screen(main)
+
+        yield started
+
+
+def histories(folder: Path) -> list[Path]:
+    return list(folder.rglob("chat_history"))
+
+
+def test_a_talk_on_a_terminal(on_terminal, tiny_folder, tmp_path):
+    process, screen = on_terminal("chat", tiny_folder, "-n", "300", "--temp", "0")
+    screen.wait_for("loading", "0/512 tok").type("hello\r").wait_for("hello")
     time.sleep(0.5)
+    screen.type("typed ahead")
     process.interrupt()
-    screen.wait_for(b"(stopped)")
-    screen.wait_for(b"> ")
-    os.write(main, b"\x04")
+    screen.wait_for("(stopped)")
+    assert b"typed" not in screen.seen[: screen.read_to]
+    screen.wait_for("> typed ahead", "/512 tok, 0 % cached")
+    screen.type("\x03/undo\r").wait_for("took back: hello")
+    screen.type("/set max_tokens 4\r").wait_for("max_tokens  4")
+    screen.type('"""one\rtwo\x1b\rthree\r"""\r').wait_for("4 tok, cut short · ", "(0 cached)")
+    screen.type("/ret\t").wait_for("/ret", "ry").type("\r").wait_for(
+        "4 tok, cut short · ", "(16 cached)"
+    )
+    screen.type("\x04")
     assert process.end()[0] == 0
-    os.close(main)
-    assert b"loading" in screen.seen and b"Traceback" not in screen.seen
+    assert b"Traceback" not in screen.seen
+    (file,) = histories(tmp_path)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    kept = [line[1:] for line in file.read_text().splitlines() if line.startswith("+")]
+    assert kept == [
+        *("hello", "/undo", "/set max_tokens 4"),
+        *('"""one', "two", "three", '"""', "/retry"),
+    ]
+
+
+def test_what_was_typed_comes_back_in_the_next_talk(on_terminal, tiny_folder):
+    process, screen = on_terminal("chat", tiny_folder)
+    screen.wait_for("tok").type("/stats\r").wait_for("answers ").type("/bye\r")
+    assert process.end()[0] == 0
+    process, screen = on_terminal("chat", tiny_folder)
+    screen.wait_for("tok").type("\x1b[A\x1b[A").wait_for("/stats").type("\r").wait_for("answers ")
+    screen.type("\x04")
+    assert process.end()[0] == 0
+
+
+def test_a_terminal_that_can_do_nothing_gets_plain_lines(on_terminal, tiny_folder, tmp_path):
+    process, screen = on_terminal("chat", tiny_folder, "-n", "4", TERM="dumb")
+    screen.wait_for("> ").type("hello\n").wait_for("4 tok, cut short", "> ").type("\x04")
+    assert process.end()[0] == 0
+    assert b"\x1b" not in screen.seen and not histories(tmp_path)
+
+
+def test_neither_colours_nor_a_history_if_they_are_not_wanted(on_terminal, tiny_folder, tmp_path):
+    process, screen = on_terminal("chat", tiny_folder, "-n", "4", "--no-history", NO_COLOR="1")
+    screen.wait_for("0/512 tok").type("hello\r/none\r").wait_for("TTFT", "Error: ").type("\x04")
+    assert process.end()[0] == 0
+    assert set(re.findall(rb"\x1b\[[\d;]*m", screen.seen)) <= {b"\x1b[0m", b"\x1b[0;7m"}
+    assert not histories(tmp_path)
+
+
+def test_a_long_prompt_has_a_bar_that_is_gone_with_the_first_token(on_terminal, tmp_path):
+    folder = tiny.make(tmp_path / "long", max_position_embeddings=2048)
+    process, screen = on_terminal(*("generate", folder, "x" * 1500, "--raw", "-n", "4"), steps=0.4)
+    screen.wait_for("reading", " 512/1500", "1024/1500", "\r\x1b[1A\x1b[2K", "1 answer")
+    assert process.end()[0] == 0
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+def test_the_screen_of_a_talk_is_in_order(tiny_folder, tmp_path):
+    """In a real terminal: what is redrawn leaves nothing behind."""
+    socket = f"mlxpage-test-{os.getpid()}"
+
+    def tmux(*arguments) -> str:
+        command = ["tmux", "-L", socket, "-f", os.devnull, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def screen(until: str) -> list[str]:
+        limit = time.monotonic() + 2 * SECONDS
+        while until not in (shown := tmux("capture-pane", "-p")):
+            assert time.monotonic() < limit, shown
+            time.sleep(0.1)
+        lines = [line.rstrip() for line in shown.splitlines()]
+        return [line for line in lines if line]
+
+    chat = [sys.executable, "-m", "mlxpage", "chat", tiny_folder, "--no-history", "-n", "4"]
+    command = f"cd {ROOT}; exec {shlex.join(map(str, [*chat, '--temp', '0', '--stop', ' ']))}"
+    try:
+        tmux("new-session", "-d", "-x", "160", "-y", "30", "-e", "HF_HUB_OFFLINE=1", command)
+        pool, hint, prompt, gauge = screen("0/512 tok")
+        assert pool.startswith("pool up to ") and hint.startswith("/help lists")
+        assert (prompt, gauge) == (">", "0/512 tok")
+        tmux("send-keys", "/se", "Tab", "t max_tokens 3", "Enter")
+        tmux("send-keys", '"""one', "Enter", "two", "M-Enter", 'three"""', "Enter")
+        lines = screen("cached)")
+        assert lines[2:7] == [
+            "> /set max_tokens 3",
+            "max_tokens  3",
+            '> """one',
+            ". two",
+            '. three"""',
+        ]
+        tmux("send-keys", "/undo", "Enter")
+        *_, undo, told, prompt, gauge = screen("took back: one two three")
+        assert (undo, told, prompt) == ("> /undo", "took back: one two three", ">")
+        assert gauge == "0/512 tok, 0 % cached"
+    finally:
+        tmux("kill-server")
 
 
 class Screen:
@@ -225,8 +341,27 @@ class Screen:
         self.seen = b""
         self.read_to = 0
 
-    def wait_for(self, text: bytes) -> None:
-        """Reads on until `text` comes after what was waited for last."""
-        while (at := self.seen.find(text, self.read_to)) < 0:
-            self.seen += os.read(self.terminal, 4096)
-        self.read_to = at + len(text)
+    def type(self, text: str) -> "Screen":
+        os.write(self.terminal, text.encode())
+        return self
+
+    def wait_for(self, *texts: str) -> "Screen":
+        """Reads on until each comes after what was waited for before it."""
+        for text in map(str.encode, texts):
+            while (at := self.seen.find(text, self.read_to)) < 0:
+                assert self.read(), f"no {text!r} in {self.seen[self.read_to :]!r}"
+            self.read_to = at + len(text)
+        return self
+
+    def read(self) -> bytes:
+        """What is there now, or comes soon; nothing at the end."""
+        if not select.select([self.terminal], [], [], SECONDS)[0]:
+            return b""
+        try:
+            new = os.read(self.terminal, 4096)
+        except OSError:  # nobody has the other side any more
+            new = b""
+        self.seen += new
+        for _ in range(new.count(b"\x1b[6n")):  # where is the cursor?
+            self.type("\x1b[9;1R")
+        return new

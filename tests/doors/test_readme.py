@@ -87,6 +87,10 @@ def test_every_key_of_the_json_is_explained(cli, make_llm, tiny_folder):
     stream.close()
     assert record["sequences"]
     explained(record)
+    for line in cli("generate", tiny_folder, "hello", "-n", "2", "--jsonl").out.splitlines():
+        record = json.loads(line)
+        explained(record)
+        assert f"| `{record['type']}` |" in text
 
 
 def test_every_exit_code_is_explained():
