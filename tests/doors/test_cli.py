@@ -1,6 +1,7 @@
 """The command line: what it prints where, and what it gives back."""
 
 import json
+import threading
 
 import click
 import pytest
@@ -13,8 +14,9 @@ from families.configs import config
 import mlxpage
 from mlxpage import describe
 from mlxpage.block_store import BlockStore
-from mlxpage.cli import output
+from mlxpage.cli import generate, output
 from mlxpage.cli.main import cli as group
+from mlxpage.engine import Engine
 from mlxpage.metal import choice
 from mlxpage.metal.model import Model
 
@@ -140,9 +142,23 @@ def test_a_prompt_that_cannot_be_served_leaves_stdout_empty(cli, tiny_folder):
         assert (ran.code, ran.out) == (2, "")
 
 
-def test_more_prompts_than_an_engine_lets_wait_are_answered(cli, tiny_folder):
-    ran = cli("generate", tiny_folder, *map(str, range(1025)), "--raw", "-n", "1", "--json")
-    assert ran.code == 0 and len(json.loads(ran.out)["outputs"]) == 1025
+def test_more_prompts_than_an_engine_lets_wait_are_answered(cli, tiny_folder, monkeypatch):
+    submit, start = generate._submit, Engine._start
+    submitted = threading.Event()
+
+    def submitting(*arguments):
+        events = submit(*arguments)
+        submitted.set()
+        return events
+
+    def starting(engine, batch):
+        submitted.wait(5)  # none of them has begun before
+        return start(engine, batch)
+
+    monkeypatch.setattr(generate, "_submit", submitting)
+    monkeypatch.setattr(Engine, "_start", starting)
+    ran = cli("generate", tiny_folder, *map(str, range(1100)), "--raw", "-n", "1", "--json")
+    assert ran.code == 0 and len(json.loads(ran.out)["outputs"]) == 1100
 
 
 def test_figures_may_be_had_alone_or_left_out(cli, tiny_folder):

@@ -235,7 +235,8 @@ def histories(folder: Path) -> list[Path]:
 
 def test_a_talk_on_a_terminal(on_terminal, tiny_folder, tmp_path):
     process, screen = on_terminal("chat", tiny_folder, "-n", "300", "--temp", "0")
-    screen.wait_for("loading", "0/512 tok").type("hello\r").wait_for("hello")
+    screen.wait_for("loading", "0/512 tok").type("hello\r")
+    screen.wait_for("hello", "\x1b[?2004l")  # the prompt is over
     time.sleep(0.5)
     screen.type("typed ahead")
     process.interrupt()
@@ -288,8 +289,10 @@ def test_neither_colours_nor_a_history_if_they_are_not_wanted(on_terminal, tiny_
 def test_a_long_prompt_has_a_bar_that_is_gone_with_the_first_token(on_terminal, tmp_path):
     folder = tiny.make(tmp_path / "long", max_position_embeddings=2048)
     process, screen = on_terminal(*("generate", folder, "x" * 1500, "--raw", "-n", "4"), steps=0.4)
-    screen.wait_for("reading", " 512/1500", "1024/1500", "\r\x1b[1A\x1b[2K", "1 answer")
+    screen.wait_for("reading", " 512/1500", "1024/1500", "1 answer")
     assert process.end()[0] == 0
+    answer = re.search(rb"\x1b\[1A\x1b\[2K([^\x1b]+)\r\n\x1b\[2m1 answer", screen.seen)
+    assert answer and b"reading" not in answer[1]
 
 
 @pytest.mark.full
