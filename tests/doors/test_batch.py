@@ -389,9 +389,9 @@ def test_a_terminal_shows_how_far_it_is(start, files, tiny_folder):
     process = start(*command, "--max-num-seqs", "4", patch=patch, stderr=side)
     os.close(side)
     screen = processes.Screen(main)
-    screen.wait_for(b"/12")
-    screen.wait_for(b" in flight")
-    screen.wait_for(b"12 answers; ")
+    screen.wait_for("/12")
+    screen.wait_for(" in flight")
+    screen.wait_for("12 answers; ")
     assert process.end()[0] == 0
     os.close(main)
 
