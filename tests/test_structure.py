@@ -40,7 +40,8 @@ MODULES = {
         "beams",
     },
     "doors": {"arguments", "door", "llm", "handle", "async_engine", "describe", "fitting", "cli"}
-    | {"acceptance", "doctor", "messages", "engine_process", "child", "__main__", "__init__"},
+    | {"acceptance", "doctor", "messages", "engine_process", "child", "_pyinstaller"}
+    | {"__main__", "__init__"},
 }
 STANDS_ON = {
     "common": set(),
