@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlxpage
 from mlxpage import monitor
@@ -14,8 +15,16 @@ from mlxpage.cli.progress import loading_bar
 from mlxpage.cli.pull import fetched
 
 
+def load_llm(model: str, **options: Any):
+    return mlxpage.LLM(model, **options)
+
+
+def load_async_engine(model: str, **options: Any):
+    return mlxpage.AsyncEngine.load(model, **options).wait()
+
+
 @contextmanager
-def loaded(model: str, quiet: bool, **options) -> Iterator[mlxpage.AsyncEngine]:
+def loaded(model: str, quiet: bool, load: Callable = load_async_engine, **options) -> Iterator[Any]:
     # Nobody has asked for a monitor, and needn't hear that there can't be one.
     warnings.filterwarnings("ignore", "mlxpage top", RuntimeWarning)
     shown = os.environ.get("MLXPAGE_MONITOR") != "off"
@@ -23,8 +32,7 @@ def loaded(model: str, quiet: bool, **options) -> Iterator[mlxpage.AsyncEngine]:
     folder = fetched(model, quiet)
     with loading_bar(quiet) as on_loaded:
         told = {"on_status": status, "on_loaded": on_loaded}
-        engine = mlxpage.AsyncEngine.load(folder, monitor=shown, **told, **options)
-        engine.wait()
+        engine = load(folder, monitor=shown, **told, **options)
     try:
         if not quiet:
             say(engine.plan.describe(), dim=True)

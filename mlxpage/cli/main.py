@@ -21,6 +21,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 COMMANDS = [
     "alias",
     "batch",
+    "bench",
     "cache",
     "chat",
     "completion",

@@ -78,17 +78,24 @@ block_size = setting(
 dtype = setting("--dtype", help="float32, float16 or bfloat16.")
 kv_bits = setting("--kv-bits", type=_KVBits(), help="Bits of K and V, 8 or 4; for each: 8,4.")
 
-engine_options = options(
+_pool = (
     setting("--adapter-path", help="Folder of an adapter that mlx-lm has trained."),
     memory,
     setting("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
     block_size,
     kv_bits,
+)
+_disk = (
     setting("--cache-dir", help="Folder for blocks that outlive the process."),
     setting("--cache-disk", help="What it may take, 20GB; alone: a folder in the cache."),
+)
+_backend = (
     setting("--backend", help="metal, cuda or reference; else the best there is."),
     dtype,
 )
+engine_options = options(*_pool, *_disk, *_backend)
+measured_engine_options = options(*_pool, *_backend)
+"""Without a disk, which would be measured too."""
 
 stats = click.option("--stats/--no-stats", default=None, help="Figures after an answer, on stderr.")
 

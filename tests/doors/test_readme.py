@@ -9,6 +9,7 @@ from command_tree import commands
 
 import mlxpage
 from mlxpage.cli import main as command_line
+from mlxpage.cli.measuring import FELL_BELOW
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,7 +96,7 @@ def test_every_key_of_the_json_is_explained(cli, make_llm, tiny_folder):
 
 def test_every_exit_code_is_explained():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    codes = {command_line.INTERRUPTED, command_line.BROKEN_PIPE}
+    codes = {command_line.INTERRUPTED, command_line.BROKEN_PIPE, FELL_BELOW}
     for name in mlxpage.__all__:
         codes.add(getattr(getattr(mlxpage, name), "exit_code", 0))
     for code in codes:
