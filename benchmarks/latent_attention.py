@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from mlxpage.bench.attention import time_chain
 from mlxpage.metal import kernels
 from mlxpage.metal.backend import device, mx
 from mlxpage.metal.kernels import latent, work
