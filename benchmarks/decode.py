@@ -23,8 +23,8 @@ import statistics
 import time
 
 import numpy as np
-from attention import copy_speed
 
+from mlxpage.bench import bandwidth
 from mlxpage.engine import Engine
 from mlxpage.metal import choice, memory
 from mlxpage.metal.backend import device, mlx_lm_utils, mx
@@ -214,13 +214,6 @@ def without_attention(model, batch, context, steps, profiled=False) -> dict:
         mx.fast.scaled_dot_product_attention = original
 
 
-def roofline_ms(model, batch, context, copy_gb_per_s) -> float:
-    """What a step's bytes take at the speed of a copy."""
-    weights = model.nbytes - model.module.model.embed_tokens.weight.nbytes
-    kv = batch * context * sum(spec.bytes_per_token for spec in model.kv_specs)
-    return (weights + kv) / copy_gb_per_s / 1e6
-
-
 def _loop(forward, batch, computed=()):
     y = mx.zeros((batch, 1), mx.int32)
     previous = None
@@ -302,11 +295,11 @@ def main() -> None:
     backend = choice.checked(model, 16, None, print)
     record = {"device": device().name, "mlx": mx.__version__, "backend": backend.why}
     record |= {"context": args.context, "layers": args.layers, "kv_bits": args.kv_bits}
-    copy = copy_speed()
-    record |= {"copy GB/s": round(copy, 1), "batches": {}}
+    copy = bandwidth.copy_speed()
+    record |= {"copy GB/s": round(copy / 1e9, 1), "batches": {}}
     print(
         f"{device().name}, MLX {mx.__version__}, {model.nbytes / 1e9:.1f} GB of weights, "
-        f"copy {copy:.0f} GB/s"
+        f"copy {copy / 1e9:.0f} GB/s"
     )
     for batch in args.batches:
         shape = batch, args.context, args.steps
@@ -317,8 +310,8 @@ def main() -> None:
         }
         for name, row in arms.items():
             context = 0 if name == "no attention" else args.context
-            floor = roofline_ms(model, batch, context, copy)
-            row["of roofline"] = round(floor / row["step ms"], 3)
+            floor = bandwidth.step_bytes(model, batch, context) / copy
+            row["of roofline"] = round(floor * 1e3 / row["step ms"], 3)
         for name in ("mlx-lm", "no attention"):
             arms["ours"][f"over {name}"] = round(arms[name]["step ms"] / arms["ours"]["step ms"], 3)
         record["batches"][batch] = arms

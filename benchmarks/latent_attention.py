@@ -25,7 +25,6 @@ from mlxpage.metal.backend import device, mx
 from mlxpage.metal.kernels import latent, work
 from mlxpage.metal.kernels.pool import as_input
 from mlxpage.metal.layout import Blocks, Format, PoolKind
-from mlxpage.metal.timing import time_chain
 
 SIZES, BLOCK_SIZE, BATCH = (512, 64), 16, 32
 KIND = PoolKind(1, BLOCK_SIZE, *(Format(size, mx.bfloat16) for size in SIZES))

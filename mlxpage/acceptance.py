@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from mlxpage import model_store
+from mlxpage.bench import attention as timing
+from mlxpage.bench import bandwidth, runs
 from mlxpage.engine import Engine
-from mlxpage.metal import choice, memory, self_check, timing
+from mlxpage.metal import choice, memory, self_check
 from mlxpage.metal import model as models
 from mlxpage.metal.backend import device, mx
 from mlxpage.metal.choice import Backend
@@ -39,11 +41,10 @@ _LEAST_TIE = 1e-4
 _SLACK = 4
 
 ATTENTION_SHAPES = {
-    # batch, context, query heads, KV heads, head size, block size
-    "8 x 1,024": (8, 1024, 32, 8, 128, BLOCK_SIZE),
-    "32 x 2,048": (32, 2048, 32, 8, 128, BLOCK_SIZE),
-    "1 x 16,384": (1, 16384, 32, 8, 128, BLOCK_SIZE),
-    "16 x 2,048, heads of 64": (16, 2048, 24, 8, 64, BLOCK_SIZE),
+    "8 x 1,024": timing.Shape(8, 1024, 32, 8, 128, BLOCK_SIZE),
+    "32 x 2,048": timing.Shape(32, 2048, 32, 8, 128, BLOCK_SIZE),
+    "1 x 16,384": timing.Shape(1, 16384, 32, 8, 128, BLOCK_SIZE),
+    "16 x 2,048, heads of 64": timing.Shape(16, 2048, 24, 8, 64, BLOCK_SIZE),
 }
 
 
@@ -305,23 +306,20 @@ def kernels() -> dict[str, Any]:
 
 
 def attention(repeats: int = 10, launches: int = 20) -> dict[str, Any]:
-    """Microseconds and GB/s of the kernels, of gathering before MLX's attention, and of that over K
-    and V that lie side by side. Nothing without a GPU."""
+    """Microseconds and GB/s of the kernels, and of what else could be done, as `mlxpage bench
+    attention` has them. Nothing without a GPU."""
     if device().kind == "cpu":
         return dict(_NO_GPU)
-    result: dict[str, Any] = {"copy_gb_s": round(timing.copy_speed(5, 64 << 20), 1), "shapes": {}}
+    speed = bandwidth.copy_speed()
+    result: dict[str, Any] = {"copy_gb_s": round(speed / 1e9, 1), "shapes": {}}
     for name, shape in ATTENTION_SHAPES.items():
-        case = timing.AttentionCase(*shape)
-        arms = {
-            "mlxpage": case.paged(case.scattered, append=True),
-            "gather + MLX": case.gathered(),
-            "MLX, contiguous": case.contiguous(),
-        }
-        times = timing.in_turns(case, arms, launches, repeats)
+        arms = timing.arms(name, timing.Case(shape), speed, launches)
+        runs.in_turns(arms, repeats)
         result["shapes"][name] = {
-            arm: timing.summary(values, case.nbytes) for arm, values in times.items()
+            arm.case["arm"]: {k: round(v, 1) for k, v in arm.row()["metrics"].items()}
+            for arm in arms
         }
-        del case, arms
+        del arms
         mx.clear_cache()
     return result
 

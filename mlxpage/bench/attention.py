@@ -19,7 +19,7 @@ from mlxpage.bench.runs import Arm
 from mlxpage.errors import InvalidRequest
 from mlxpage.metal import kernels, reference
 from mlxpage.metal.backend import device, mx
-from mlxpage.metal.kernels.pool import as_input
+from mlxpage.metal.kernels import pool
 from mlxpage.metal.layout import Blocks, Format, PoolKind
 from mlxpage.metal.quantised import quantised_blocks
 
@@ -27,7 +27,7 @@ from mlxpage.metal.quantised import quantised_blocks
 class Shape(NamedTuple):
     batch: int
     context: int | None
-    """None: from 64 to 8,191, drawn."""
+    """None: drawn from `RAGGED`."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -55,6 +55,8 @@ SHAPES_OF_A_CPU = {
 }
 ROTATION = 256 * 10**6
 ROTATION_OF_A_CPU = 64 * 10**6
+RAGGED = 64, 8192
+"""Tokens of sequences, from and below."""
 
 OURS = "blocks"
 APPENDING = "blocks, appending"
@@ -103,7 +105,7 @@ class Case:
         self.heads, self.kv_heads = shape.heads, shape.kv_heads
         self.head_dim, self.block_size = shape.head_dim, shape.block_size
         if shape.context is None:
-            self.contexts = np.sort(rng.integers(64, 8192, shape.batch)).astype(np.int32)
+            self.contexts = np.sort(rng.integers(*RAGGED, shape.batch)).astype(np.int32)
         else:
             self.contexts = np.full(shape.batch, shape.context, np.int32)
         self.blocks = -(-self.contexts // self.block_size)
@@ -144,7 +146,7 @@ class Case:
                 pair = [quantised_blocks(rows, part) for rows in pair]
             mx.eval(pair)
             pools.append(
-                Blocks(*map(as_input, pair), kind) if self._on_gpu else Blocks(*pair, kind)
+                Blocks(*map(pool.as_input, pair), kind) if self._on_gpu else Blocks(*pair, kind)
             )
         return pools
 

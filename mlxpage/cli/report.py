@@ -119,9 +119,9 @@ def _attention(found: dict[str, Any]) -> Iterator[str]:
     yield f"This GPU copies {found['copy_gb_s']} GB/s, bytes read and written."
     yield ""
     yield from _table(
-        ("sequences x tokens", "by", "µs", "p10 to p90", "GB/s"),
+        ("sequences x tokens", "by", "µs", "GB/s", "% of a copy"),
         (
-            (shape, arm, run["us"], f"{run['p10']} to {run['p90']}", run["GB/s"])
+            (shape, arm, run["us"], run["gb_s"], run["copy_percent"])
             for shape, arms in found["shapes"].items()
             for arm, run in arms.items()
         ),

@@ -345,11 +345,12 @@ def test_a_page_shows_the_parts_that_are_there_and_why_others_are_not():
     assert "interrupted" in page and "- **prefill: no**" in page
     assert "## Prefill\n\nno\n" in page and "## Decode\n\ntoo\n" in page
     assert "## Same tokens\n\nnot measured\n" in page
-    shapes = {"8 x 1": {"mlxpage": {"us": 1.5, "p10": 1.0, "p90": 2.0, "GB/s": 99.0}}}
+    run = {"us": 1.5, "gb_s": 99.0, "copy_percent": 90.0}
+    shapes = {"8 x 1": {"mlxpage": run}}
     record["parts"] |= {"attention": {"copy_gb_s": 100, "shapes": shapes}}
     record["parts"] |= {"kernels": {"cases": {"one": None, "two": "wrong | so"}}}
     page = report.page(record)
-    assert "| 8 x 1 | mlxpage | 1.5 | 1.0 to 2.0 | 99.0 |" in page
+    assert "| 8 x 1 | mlxpage | 1.5 | 99.0 | 90.0 |" in page
     assert "| one | right |" in page and "| two | wrong / so |" in page
 
 
