@@ -23,7 +23,7 @@ from mlxpage.errors import InvalidRequest
 @options.sampling_options
 @setting("-s", "--system", help="System message.")
 @options.engine_options
-@click.option("--no-history", is_flag=True, help="Don't keep what is typed for the next chat.")
+@setting("--no-history", is_flag=True, help="Don't keep what is typed for the next chat.")
 @options.stats
 def command(model, max_tokens, system, no_history, stats, **given):
     """Talk with MODEL.
