@@ -98,6 +98,11 @@ OF_ASYNC_ENGINE = {
 
 ENDS = {way: (BEGIN, *end) for way, end in OF_LLM.items()}
 ENDS |= {f"an engine for apps, {way}": (ASYNC, *end) for way, end in OF_ASYNC_ENGINE.items()}
+ISOLATED = ASYNC.replace("num_blocks=64", "num_blocks=64, isolate=True")
+ENDS |= {
+    f"an engine in another process, {way}": (ISOLATED, *OF_ASYNC_ENGINE[way])
+    for way in ("while the model loads", "by sys.exit while a function listens")
+}
 
 
 @pytest.mark.parametrize("way", ENDS)
