@@ -331,7 +331,7 @@ def test_the_screen_of_a_talk_is_in_order(tiny_folder, tmp_path):
             '. three"""',
         ]
         tmux("send-keys", "/undo", "Enter")
-        *_, undo, told, prompt, gauge = screen("took back: one two three")
+        *_, undo, told, prompt, gauge = screen("\n0/512 tok, 0 % cached")
         assert (undo, told, prompt) == ("> /undo", "took back: one two three", ">")
         assert gauge == "0/512 tok, 0 % cached"
     finally:
