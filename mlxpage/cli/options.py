@@ -97,7 +97,7 @@ engine_options = options(*_pool, *_disk, *_backend)
 measured_engine_options = options(*_pool, *_backend)
 """Without a disk, which would be measured too."""
 
-stats = click.option("--stats/--no-stats", default=None, help="Figures after an answer, on stderr.")
+stats = setting("--stats/--no-stats", default=None, help="Figures after an answer, on stderr.")
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
