@@ -11,6 +11,8 @@ from mlxpage.metal.backend import device, mx
 from mlxpage.metal.model import Model
 
 COPY_BYTES = 256 << 20
+COPIES = 16
+"""In a chain, each of the last one: one alone is over before a GPU has its full speed."""
 
 
 def copy_speed(nbytes: int = COPY_BYTES, repeats: int = 5) -> float:
@@ -25,13 +27,13 @@ def copy_speed(nbytes: int = COPY_BYTES, repeats: int = 5) -> float:
     for _ in range(repeats + 1):
         mx.synchronize()
         began = time.perf_counter()
-        for _ in range(4):
+        for _ in range(COPIES):
             for index, stream in enumerate(streams):
                 with mx.stream(stream) if stream else nullcontext():
                     parts[index] = parts[index] + 1
         mx.eval(parts)
         mx.synchronize()
-        seconds.append((time.perf_counter() - began) / 4)
+        seconds.append((time.perf_counter() - began) / COPIES)
     return 2 * sum(part.nbytes for part in parts) / statistics.median(seconds[1:])
 
 
