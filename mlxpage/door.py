@@ -66,7 +66,7 @@ class Home(Protocol):
 
     Whoever it serves talks to the engine by functions given to `call`, which get something to
     `add` and `abort` requests with, to `trim` and to `set_memory`. `engine` is for questions that
-    wait for no step: `stats`, `plan` and `tokenizer`.
+    wait for no step: `stats`, `plan`, `context_length` and `tokenizer`.
     """
 
     ready: Future

@@ -411,6 +411,10 @@ class FarEngine:
     def plan(self) -> Plan:
         return self._ask("plan").result()
 
+    @property
+    def context_length(self) -> int:
+        return self._ask("context_length").result()
+
     def stats(self) -> dict[str, Any]:
         """Raises EngineError if the process hangs so badly that it can't answer."""
         try:

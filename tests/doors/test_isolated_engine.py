@@ -1,9 +1,11 @@
 """An engine in a process of its own: what the other process does, the app survives and is told."""
 
 import gc
+import inspect
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from multiprocessing.spawn import get_executable
 
 import psutil
 import pytest
+import tiny_folder as tiny
 from doors.conftest import OFFLINE, ROOT
 from trouble import fail, in_thread, wait_until
 
@@ -32,6 +35,7 @@ from mlxpage import (
     engine_process,
     messages,
 )
+from mlxpage.door import Door
 from mlxpage.events import Done, Error, Tokens
 
 SECONDS = 120  # a new process imports for as long as the machine is busy
@@ -221,6 +225,13 @@ def test_the_next_process_has_the_memory_that_was_set(engine):
     engine.restart()
     wait_until(lambda: engine.state == "loading")
     assert engine.wait(SECONDS).plan.budget == 60e6
+
+
+def test_what_an_engine_says_of_itself_is_asked_of_its_process(engine):
+    """Whatever a `Door` reads of the engine that it has."""
+    far, read = engine._engine, set(re.findall(r"self\._engine\.(\w+)", inspect.getsource(Door)))
+    assert read and all(hasattr(far, name) for name in read)
+    assert engine.context_length == min(tiny.CONTEXT, engine.plan.tokens)
 
 
 # -- loading --
