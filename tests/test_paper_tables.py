@@ -130,6 +130,10 @@ def test_large_blocks_waste_more(quick):
         assert used == sorted(used, reverse=True)
 
 
+def test_what_was_measured_now_makes_a_page(quick):
+    assert f"cores {os.cpu_count()}" in document(quick[0])
+
+
 def test_all_tables_are_shown_to_people(quick):
     record, shown = quick
     for table in tables(record):

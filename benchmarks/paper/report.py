@@ -59,7 +59,7 @@ reason stands below its table.
 
 def document(record: dict) -> str:
     """docs/paper.md."""
-    keys = ("machine", "device", "python", "mlxpage")
+    keys = ("chip", "cores", "os", "architecture", "python", "mlxpage")
     versions = ", ".join(f"{key} {record[key]}" for key in keys)
     made = (
         f"Made by `{record['command']}` ({versions}) in {record['cpu_seconds']:.0f} s of CPU time."
