@@ -29,10 +29,10 @@ def loaded(model: str, quiet: bool, load: Callable = load_async_engine, **option
     warnings.filterwarnings("ignore", "mlxpage top", RuntimeWarning)
     shown = os.environ.get("MLXPAGE_MONITOR") != "off"
     status = None if quiet else lambda line: say(line, dim=True)
-    folder = fetched(model, quiet)
+    fetched(model, quiet)
     with loading_bar(quiet) as on_loaded:
         told = {"on_status": status, "on_loaded": on_loaded}
-        engine = load(folder, monitor=shown, **told, **options)
+        engine = load(model, monitor=shown, **told, **options)
     try:
         if not quiet:
             say(engine.plan.describe(), dim=True)

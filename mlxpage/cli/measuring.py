@@ -243,8 +243,7 @@ class Measurement:
 
     @contextmanager
     def loaded(self, load: Callable = load_llm, **more: Any) -> Iterator[Any]:
-        folder = str(self.subject.folder)
-        with loaded(folder, self.quiet, load, **self.engine, **more) as door:
+        with loaded(self.model, self.quiet, load, **self.engine, **more) as door:
             yield door
             self.facts["engine"] = _engine_facts(door)
 

@@ -18,7 +18,7 @@ from families.configs import config
 from huggingface_hub import constants
 
 import mlxpage
-from mlxpage import SamplingParams, fitting, model_store
+from mlxpage import SamplingParams, engine_thread, fitting, model_store
 from mlxpage.cli import aliases, output, rm
 from mlxpage.cli.main import cli as group
 from mlxpage.cli.options import ModelName
@@ -69,7 +69,9 @@ def lines(text: str) -> list[list[str]]:
 def hub_sends(monkeypatch, tiny_folder):
     """The hub has org/name, of 1,000 MB, and sends it in twenty pieces."""
 
-    def fetch(name, on_status, on_bytes):
+    def fetch(name, on_status, on_bytes=None):
+        if on_bytes is None:  # what loads it finds it here
+            return tiny_folder
         on_status(f"Downloading {name} from the hub (1,000 MB)")
         for done in range(0, 10**9 + 1, 5 * 10**7):
             on_bytes(done, 10**9)
@@ -91,6 +93,14 @@ def test_generate_tells_in_the_same_way_how_far_a_download_is(cli, hub_sends):
     ran = cli("generate", "org/name", "hello", "-n", "2")
     assert ran.code == 0 and "900 MB of 1.0 GB" in ran.err
     assert cli("generate", "org/name", "hello", "-n", "2", "-q").err == ""
+
+
+def test_an_engine_is_watched_by_the_name_that_people_gave_its_model(cli, of_the_hub, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine_thread, "start_monitor", lambda model, call: seen.append(model))
+    assert cli("generate", "org/name", "hello", "-n", "2").code == 0
+    assert cli("bench", "latency", "org/name", "-p8", "-g2", "-r1").code == 0
+    assert seen == ["org/name"] * 2
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "org/name"])
