@@ -28,8 +28,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from mlxpage import messages
-from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
+from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.events import Error, Event, Queued
+from mlxpage.handle import why_not_queued
 
 IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 """Ctrl-C and the end of a terminal or a service come to all its processes. When the engine ends is
@@ -146,8 +147,8 @@ class _Server:
             handle = self._engine.submit(
                 prompt, params, priority=priority, on_event=tell, dispatch=self._outbox.put
             )
-        except MlxpageError as error:
-            self._outbox.put(partial(tell, Error(error)))
+        except Exception as error:  # it must not end the others with the process
+            self._outbox.put(partial(tell, Error(why_not_queued(error))))
         else:
             self._mailboxes[message.number] = handle._mailbox
 

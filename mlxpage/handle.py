@@ -133,6 +133,15 @@ class Handle:
             self._thread.call(self._mailbox.abort)
 
 
+def why_not_queued(error: BaseException) -> MlxpageError:
+    """What a request ends with that couldn't begin because of `error`."""
+    if isinstance(error, MlxpageError):
+        return error
+    failure = EngineError(f"the request can't be queued: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 def _raise_error(event: Event) -> Event:
     if isinstance(event, Error):
         raise event.error
@@ -198,12 +207,8 @@ class Mailbox:
 
     def after_begin(self, begun: Future) -> None:
         """A request that couldn't begin has ended."""
-        error = begun.exception()
-        if error is not None and not isinstance(error, MlxpageError):
-            failure = EngineError(f"the request can't be queued: {type(error).__name__}: {error}")
-            failure.__cause__, error = error, failure
-        if error is not None:
-            self.put(Error(error))
+        if (error := begun.exception()) is not None:
+            self.put(Error(why_not_queued(error)))
 
     def put_step(self, event: StreamEvent) -> None:
         """What one step added to a generation."""

@@ -546,6 +546,19 @@ def test_a_request_that_cannot_be_read_fails_alone(tiny_folder):
         assert isinstance(events_of(3, receive)[-1], Done)
 
 
+def test_a_request_that_fails_unforeseen_fails_alone(tiny_folder, monkeypatch):
+    with served(tiny_folder) as (send, receive, _):
+        while not isinstance(receive(), messages.Loaded):
+            pass
+        with monkeypatch.context() as patch:
+            fail(patch, "mlxpage.text.Tokenizer.encode", RuntimeError("no"))
+            send(begin(1, "abc", GREEDY, 0))
+            (failed,) = events_of(1, receive)
+        assert type(failed.error) is EngineError and "RuntimeError: no" in str(failed.error)
+        send(begin(2, "abc", GREEDY, 0))
+        assert isinstance(events_of(2, receive)[-1], Done)
+
+
 def test_a_request_that_cannot_be_sent_is_refused_at_once(engine):
     with pytest.raises(InvalidRequest, match="can't be sent"):
         engine.submit([threading.Lock()])
