@@ -164,7 +164,7 @@ def repositories() -> dict[str, Path]:
     """The models that the hub's cache has anything of, whole or not: name -> folder."""
     from huggingface_hub import constants
 
-    folders = Path(constants.HF_HUB_CACHE).expanduser().glob(f"{_REPOSITORY}*--*")
+    folders = Path(constants.HF_HUB_CACHE).expanduser().glob(f"{_REPOSITORY}?*")
     return {f.name.removeprefix(_REPOSITORY).replace("--", "/"): f for f in folders if f.is_dir()}
 
 

@@ -40,6 +40,7 @@ def test_demo_models_and_those_of_the_hub_are_found_by_names_that_resolve_takes(
 ):
     folders = {
         "org/One": in_the_hub("org/One", quantization={"bits": 4, "group_size": 64}),
+        "plain": in_the_hub("plain"),  # as old ones are called
         "smollm2-135m": make_model(cache / "models" / "smollm2-135m"),
         "two/other": in_the_hub("two/other", torch_dtype="bfloat16"),
     }
@@ -50,7 +51,7 @@ def test_demo_models_and_those_of_the_hub_are_found_by_names_that_resolve_takes(
         assert model_store.resolve(model.name) == model_store.find(model.name) == model.folder
         assert model.family == "llama"
         assert model.size == sum(file.stat().st_size for file in model.folder.iterdir())
-    assert [model.quantisation for model in found] == ["4 bits", "?", "bfloat16"]
+    assert [model.quantisation for model in found] == ["4 bits", "?", "?", "bfloat16"]
 
 
 def test_when_a_model_was_used_is_when_its_weights_were_read(in_the_hub):
