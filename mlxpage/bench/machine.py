@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import subprocess
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 import mlxpage
+from mlxpage import probes
 from mlxpage.metal.backend import BLAS, device
 
 
@@ -40,33 +40,30 @@ def versions() -> dict[str, str]:
 
 def chip() -> str:
     if platform.system() == "Darwin":
-        return _said("sysctl", "-n", "machdep.cpu.brand_string").strip() or platform.processor()
+        found = probes.line(probes.ask(probes.CHIP))
+    else:
+        found = probes.cpu_model(_cpuinfo())
+    return found or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> str | None:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            found = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        return None
 
 
 def power() -> str | None:
     """Where a Mac's power comes from, and whether it saves it; None elsewhere."""
     if platform.system() != "Darwin":
         return None
-    return power_of(_said("pmset", "-g", "batt"), _said("pmset", "-g"))
+    return power_of(probes.ask(probes.POWER_SOURCE), probes.ask(probes.POWER_SETTINGS))
 
 
-def power_of(battery: str, settings: str) -> str | None:
+def power_of(source: str | None, settings: str | None) -> str | None:
     """Of what `pmset -g batt` and `pmset -g` say."""
-    source = re.search(r"drawing from '([^']+)'", battery)
-    if source is None:
+    on_battery = probes.is_on_battery(source)
+    if on_battery is None:
         return None
-    is_low = re.search(r"^\s*(?:lowpowermode|powermode)\s+1\b", settings, re.MULTILINE)
-    return f"{source[1]}{', low power mode' if is_low else ''}"
-
-
-def _said(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    told = "battery" if on_battery else "mains"
+    return f"{told}, low-power mode" if probes.saves_power(settings) else told

@@ -189,11 +189,11 @@ def test_where_tokens_part_is_found(ours, theirs, place):
     assert offline._first_difference(ours, theirs) == place
 
 
-def test_a_macs_power_is_told():
+def test_a_macs_power_is_told_as_doctor_does():
     battery = "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t80%; discharging"
-    assert machine.power_of(battery, " lowpowermode        1\n") == "Battery Power, low power mode"
-    assert machine.power_of("Now drawing from 'AC Power'\n", " lowpowermode 0\n") == "AC Power"
-    assert machine.power_of("", "") is None
+    assert machine.power_of(battery, " lowpowermode        1\n") == "battery, low-power mode"
+    assert machine.power_of("Now drawing from 'AC Power'\n", " lowpowermode 0\n") == "mains"
+    assert machine.power_of(None, None) is None
 
 
 # -- what a step reads --
