@@ -63,10 +63,7 @@ def _fit_table(fits: Iterable[Fit]) -> str:
         if not rows:
             lengths = [f"{fit.context:,} tokens" for fit in of_machine]
             rows.append(["MACHINE", "BUDGET", *lengths])
-        cells = [
-            str(fit.most) if fit.most else f"needs {gigabytes(fit.needs)}" for fit in of_machine
-        ]
-        rows.append([machine, gigabytes(budget), *cells])
+        rows.append([machine, gigabytes(budget), *map(_cell, of_machine)])
     return table(rows)
 
 
