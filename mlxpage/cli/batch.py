@@ -25,6 +25,7 @@ from mlxpage.cli.generate import prompt_ids
 from mlxpage.cli.loading import loaded
 from mlxpage.cli.options import engine_options, model_argument, sampling_options, split
 from mlxpage.cli.output import is_terminal, say
+from mlxpage.cli.progress import bar
 from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidRequest, MlxpageError
 from mlxpage.events import Done, Error, Tokens
@@ -332,19 +333,11 @@ def _bar(quiet: bool, target: str | None, total: int | None, done: int):
     if quiet or prints or not is_terminal(sys.stderr):
         yield lambda run: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     speed = TextColumn("{task.fields[speed]:,.1f} tok/s, {task.fields[open]} in flight")
-    columns = BarColumn(), MofNCompleteColumn(), speed, TextColumn("ETA"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total, completed=done, speed=0.0, open=0)
+    with bar(MofNCompleteColumn(), speed, TextColumn("ETA"), TimeRemainingColumn()) as progress:
+        task = progress.add_task("answers", total=total, completed=done, speed=0.0, open=0)
 
         def show(run: _Run) -> None:
             speed = run.tokens / max(1e-9, time.perf_counter() - run.began)

@@ -13,7 +13,8 @@ import click
 
 from mlxpage.cli.loading import load_llm, loaded
 from mlxpage.cli.options import options
-from mlxpage.cli.output import say
+from mlxpage.cli.output import is_terminal, say
+from mlxpage.cli.progress import bar
 from mlxpage.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -266,16 +267,14 @@ class Measurement:
 
     @contextmanager
     def progress(self, what: str, total: int, watched: bool = True) -> Iterator[Callable]:
-        if self.quiet or not watched or not sys.stderr.isatty():
+        if self.quiet or not watched or not is_terminal(sys.stderr):
             yield lambda: None
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import MofNCompleteColumn
 
-        columns = TextColumn(what), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda: progress.advance(task)
+        with bar(MofNCompleteColumn()) as shown:
+            task = shown.add_task(what, total=total)
+            yield lambda: shown.advance(task)
 
     # -- the results --
 

@@ -22,9 +22,9 @@ def loading_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
         return
     from rich.progress import DownloadColumn
 
-    with _bar(DownloadColumn()) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with bar(DownloadColumn()) as shown:
+        task = shown.add_task("loading", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 class PrefillBar:
@@ -46,7 +46,7 @@ class PrefillBar:
         if self._bar is None:
             from rich.progress import MofNCompleteColumn, TextColumn
 
-            self._bar = _bar(MofNCompleteColumn(), TextColumn("tokens"))
+            self._bar = bar(MofNCompleteColumn(), TextColumn("tokens"))
             self._bar.add_task("reading", total=self._total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done)
@@ -65,7 +65,8 @@ class PrefillBar:
         self.hide()
 
 
-def _bar(*figures) -> Progress:
+def bar(*figures) -> Progress:
+    """What a task is called, a bar, and figures of it: columns of rich's."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 

@@ -11,6 +11,7 @@ import click
 
 from mlxpage.cli.options import model_argument
 from mlxpage.cli.output import is_terminal, say
+from mlxpage.cli.progress import bar
 from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidModel
 from mlxpage.sizes import gigabytes
@@ -57,18 +58,13 @@ def _progress(quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[in
     elif not is_terminal(sys.stderr):
         yield lambda line: say(line), _Tenths()
     else:
-        from rich import progress
-        from rich.console import Console
+        from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-        columns = (
-            *(progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn()),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=None)
+        with bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as shown:
+            task = shown.add_task("fetching", total=None)
             yield (
-                lambda line: bar.console.print(line, style="dim", highlight=False, markup=False),
-                lambda done, total: bar.update(task, completed=done, total=total),
+                lambda line: shown.console.print(line, style="dim", highlight=False, markup=False),
+                lambda done, total: shown.update(task, completed=done, total=total),
             )
 
 
