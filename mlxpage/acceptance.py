@@ -257,22 +257,20 @@ def prefill_of_mlx_lm(subject: Subject, prompt: list[int]) -> float:
 
 
 def in_turns(arms: dict[str, Callable[[], float]], repeats: int) -> dict[str, Any]:
-    """The median speed of each arm, all of them, and the most memory that MLX had meanwhile; the
-    first turn doesn't count."""
-    speeds: dict[str, list[float]] = {name: [] for name in arms}
-    peaks = dict.fromkeys(arms, 0)
-    for repeat in range(repeats + 1):
-        for name, arm in arms.items():
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            speed = arm()
-            peaks[name] = max(peaks[name], mx.get_peak_memory())
-            if repeat:
-                speeds[name].append(round(speed, 2))
-    return {
-        name: {"tok_s": statistics.median(runs), "runs": runs, "peak_bytes": peaks[name]}
-        for name, runs in speeds.items()
-    }
+    """The median speed of each arm, all of them, and the most memory that MLX had meanwhile."""
+    made = {name: runs.Arm({}, partial(_run, arm), arm) for name, arm in arms.items()}
+    runs.in_turns(list(made.values()), repeats)
+    found = {}
+    for name, arm in made.items():
+        speeds, peaks = ([run[key] for run in arm.runs] for key in ("tok_s", "peak_bytes"))
+        found[name] = {"tok_s": statistics.median(speeds), "runs": speeds, "peak_bytes": max(peaks)}
+    return found
+
+
+def _run(arm: Callable[[], float]) -> dict[str, float]:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return {"tok_s": round(arm(), 2), "peak_bytes": mx.get_peak_memory()}
 
 
 def decode(subject: Subject, count: int, length: int = 32, repeats: int = 3) -> dict[str, Any]:
