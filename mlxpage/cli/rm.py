@@ -42,7 +42,7 @@ def command(model, yes):
             removal.do()
         except OSError as error:
             raise InvalidRequest(
-                f"can't remove all of {removal.folder}: {error.strerror}"
+                f"can't remove all of {removal.folder}: {error.strerror or error}"
             ) from None
     say(f"removed {model}: {size} freed")
 

@@ -239,6 +239,15 @@ def test_what_cannot_be_removed_is_told(cli, demo, monkeypatch):
     assert ran.code == 2 and f"{demo}: Permission denied" in ran.error[0]
 
 
+def test_why_a_link_to_a_model_elsewhere_stays_is_told(cli, folders, of_the_hub):
+    repository, elsewhere = folders / "hub" / "models--org--name", folders / "disk"
+    repository.rename(elsewhere)
+    repository.symlink_to(elsewhere)
+    ran = cli("rm", "org/name", "-y")
+    assert ran.code == 2 and "symbolic link" in ran.error[0]
+    assert elsewhere.is_dir()
+
+
 # -- alias --
 
 
