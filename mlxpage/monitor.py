@@ -47,7 +47,9 @@ def folder() -> Path:
     import platformdirs
 
     chosen = os.environ.get("MLXPAGE_RUNTIME")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("mlxpage")) / "run"
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(platformdirs.user_cache_dir("mlxpage")) / "run"
 
 
 # -- in the engine's process --

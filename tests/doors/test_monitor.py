@@ -320,6 +320,11 @@ def test_a_program_that_closes_nothing_leaves_nothing(python, tiny_folder, folde
     assert (ended.returncode, ended.stderr) == (0, "") and not list(folder.iterdir())
 
 
+def test_the_folder_of_sockets_may_be_given_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("MLXPAGE_RUNTIME", "~/run")
+    assert monitor.folder() == Path.home() / "run"
+
+
 def test_what_is_no_monitor_is_passed_over(folder):
     folder.mkdir(mode=0o700)
     (folder / "1-1.sock").touch()
