@@ -213,15 +213,15 @@ def _listen(path: Path) -> socket.socket:
 
 
 def engines() -> list[Watch]:
-    """All engines of this user that run and have a monitor, oldest first. Sockets of those that
-    have ended without a word are removed."""
+    """All engines of this user that run and have a monitor of this schema, oldest first. Sockets of
+    those that have ended without a word are removed."""
     found = []
     for path in folder().glob("*.sock"):
         try:
             found.append(Watch(path))
         except (ConnectionRefusedError, FileNotFoundError):
             path.unlink(missing_ok=True)
-        except (OSError, EOFError):  # it ends just now, or is stopped
+        except (OSError, EOFError, ValueError):  # it ends just now, is stopped, or of another kind
             continue
     return sorted(found, key=lambda watch: watch.hello["started"])
 
@@ -230,7 +230,8 @@ class Watch:
     """The other end."""
 
     def __init__(self, path: Path):
-        """Raises OSError if it can't be reached, EOFError if it ends meanwhile."""
+        """Raises OSError if it can't be reached, EOFError if it ends meanwhile, and ValueError if
+        it isn't of this schema, as an engine of another version may be."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._heard = bytearray()
         try:
@@ -239,6 +240,8 @@ class Watch:
             hello = self.receive(HELLO_SECONDS)
             if hello is None:
                 raise TimeoutError(f"{path} doesn't answer")
+            if not isinstance(hello, dict) or hello.get("schema") != SCHEMA:
+                raise ValueError(f"{path} is no monitor of {SCHEMA}")
             self.hello = hello
         except BaseException:
             self.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import serving
 import tiny_models
+from trouble import in_thread
 
 from mlxpage import AsyncEngine, SamplingParams, monitor, snapshot
 from mlxpage.block_pool import CACHED, FREE, SHARED, USED, BlockPool
@@ -332,3 +333,16 @@ def test_what_is_no_monitor_is_passed_over(folder):
     mute.bind(str(folder / "2-1.sock"))
     mute.close()
     assert monitor.engines() == []
+
+
+@pytest.mark.parametrize("said", [b"hello\n", b"[]\n", b'{"schema": "mlxpage.top/0"}\n'])
+def test_who_speaks_otherwise_is_passed_over(folder, said):
+    """An engine of another version, say."""
+    folder.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "1-1.sock"))
+        listener.listen()
+        told = in_thread(lambda: listener.accept()[0].sendall(said))
+        assert monitor.engines() == []
+        told.result(SECONDS)
+    assert (folder / "1-1.sock").exists(), "it may be of use to others"
