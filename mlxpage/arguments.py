@@ -45,8 +45,7 @@ def check_options(
     """Raises InvalidRequest for what no model can be loaded with."""
     if not isinstance(model, (str, os.PathLike)):
         raise InvalidRequest(f"model is {model!r:.80}; it must be a folder or a name")
-    if adapter_path is not None and not isinstance(adapter_path, (str, os.PathLike)):
-        raise InvalidRequest(f"adapter_path is {adapter_path!r:.80}; it must be a folder")
+    _check_folder("adapter_path", adapter_path)
     _check_one_of("block_size", block_size, (16, 32))
     _check_one_of("dtype", dtype, (None, "float32", "float16", "bfloat16"))
     kv_bits_pair(kv_bits)
@@ -123,12 +122,19 @@ def disk_of(cache_dir: Any, cache_disk: str | int | None) -> tuple[Path, int] | 
     """Folder and limit in bytes of the prefix cache's second tier; None: there is none."""
     if cache_dir is None and cache_disk is None:
         return None
-    if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
-        raise InvalidRequest(f"cache_dir is {cache_dir!r:.80}; it must be a folder")
-    limit = None if isinstance(cache_disk, bool) else in_bytes(cache_disk or _CACHE_DISK)
-    if not limit or cache_disk == 0:
+    _check_folder("cache_dir", cache_dir)
+    cache_disk = _CACHE_DISK if cache_disk is None else cache_disk
+    if isinstance(cache_disk, bool) or not in_bytes(cache_disk):
         raise InvalidRequest(f"cache_disk is {cache_disk!r:.80}; write it like '20GB'")
-    return Path(cache_dir or default_folder()).expanduser(), limit
+    return Path(cache_dir or default_folder()).expanduser(), in_bytes(cache_disk)
+
+
+def _check_folder(name: str, value: Any) -> None:
+    if value is None:
+        return
+    path = os.fsdecode(value) if isinstance(value, (str, os.PathLike)) else ""
+    if not path or "\0" in path:
+        raise InvalidRequest(f"{name} is {value!r:.80}; it must be a folder")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -34,6 +34,7 @@ def set_(name, model):
     from mlxpage import model_store
 
     aliases.check_name(name)
+    model_store.find(model)  # or it can be no model
     if folder := model_store.local_folder(model):
         model = os.path.abspath(folder)
     aliases.write(aliases.read() | {name: model})

@@ -21,6 +21,7 @@ import click
 import mlxpage
 from mlxpage.cli import batch_lines as lines
 from mlxpage.cli.batch_lines import AnswerFile, Line
+from mlxpage.cli.files import told
 from mlxpage.cli.generate import prompt_ids
 from mlxpage.cli.loading import loaded
 from mlxpage.cli.options import engine_options, model_argument, sampling_options, split
@@ -105,10 +106,8 @@ def _input(source: str) -> Iterator[BinaryIO]:
     if source == "-":
         yield _stdin()
         return
-    try:
-        stream = open(source, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise InvalidRequest(f"can't read {source}: {error.strerror}") from None
+    with told("read", source, "IN is a file of requests, or '-' for standard input") as path:
+        stream = open(path, "rb")  # noqa: SIM115
     with stream:
         yield stream
 
@@ -143,7 +142,8 @@ def _answers(source: str, target: str | None, resume: bool) -> Iterator[AnswerFi
         return
     if source != "-" and os.path.exists(target) and os.path.samefile(source, target):
         raise InvalidRequest(f"{target} is IN and OUT; write the answers to another file")
-    answers = AnswerFile(Path(target), resume)
+    with told("write", target, "give a file that can be written, as -o OUT") as path:
+        answers = AnswerFile(Path(path), resume)
     try:
         yield answers
     finally:

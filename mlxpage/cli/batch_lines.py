@@ -28,6 +28,8 @@ _OF_A_LINE = {"id", "prompt", "messages", "params", "metadata"}
 _OF_OPENAI = {"custom_id", "method", "url", "body"}
 _OF_A_BODY = {"prompt", "messages", "metadata", "model", "stream", "max_completion_tokens"}
 
+_BEGIN = b'{"line": '  # of each answer
+
 
 # -- requests --
 
@@ -225,18 +227,15 @@ class AnswerFile:
         digests of the lines that are answered. A last line that is only half there, and those that
         tell of errors, are taken out: they are asked for again.
 
-        Raises InvalidRequest if it can't be written, has answers and isn't to be resumed, or has
-        something else in it.
+        Raises OSError if it can't be written, and InvalidRequest if it has answers and isn't to be
+        resumed, or has something else in it.
         """
         self.path = path
         self.done: dict[int, str] = {}
-        try:
-            if path.exists() and not path.is_file():  # a device, or a folder, which raises
-                self._file = open(path, "wb")  # noqa: SIM115
-                return
-            self._file = open(path, "a+b")  # noqa: SIM115
-        except OSError as error:
-            raise InvalidRequest(f"can't write {path}: {error.strerror}") from None
+        if path.exists() and not path.is_file():  # a device, or a folder, which raises
+            self._file = open(path, "wb")  # noqa: SIM115
+            return
+        self._file = open(path, "a+b")  # noqa: SIM115
         self._lock(self._file)
         self._file.seek(0)
         if not resume:
@@ -246,11 +245,8 @@ class AnswerFile:
                     "begin anew, remove it or write to another file"
                 )
             return
-        try:
-            if self._take_down():
-                self._keep_whole()
-        except OSError as error:
-            raise InvalidRequest(f"can't go on with {path}: {error.strerror}") from None
+        if self._take_down():
+            self._keep_whole()
 
     def _lock(self, file: BinaryIO) -> None:
         try:
@@ -273,7 +269,7 @@ class AnswerFile:
 
     def _found(self, number: int, data: bytes) -> dict[str, Any] | None:
         """A line's answer; None of one that tells of an error or is only half there."""
-        if not data.endswith(b"\n"):
+        if not data.endswith(b"\n") and data[: len(_BEGIN)] == _BEGIN[: len(data)]:
             return None
         with suppress(ValueError, RecursionError, TypeError, KeyError):
             found = json.loads(data)

@@ -9,8 +9,11 @@ from typing import Any
 
 import click
 
+from mlxpage.cli.files import told
 from mlxpage.errors import InvalidRequest
 from mlxpage.sizes import gigabytes
+
+_VERBS = {"stats": "count the blocks in", "clear": "clear", "verify": "verify"}
 
 
 @click.command()
@@ -29,11 +32,8 @@ def command(action, folder, as_json):
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InvalidRequest(f"{folder} is no folder; give the one of the blocks (--dir)")
     act = {"stats": block_store.stats, "clear": block_store.clear, "verify": block_store.verify}
-    try:
-        found = act[action](folder)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"can't {action} the blocks in {folder}: {reason}") from None
+    with told(_VERBS[action], folder, "give the folder of the blocks (--dir)") as path:
+        found = act[action](path)
     if as_json:
         record = {"schema": "mlxpage.cache/1", "action": action, "folder": folder, **found}
         click.echo(json.dumps(record))

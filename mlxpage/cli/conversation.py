@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlxpage.cli.files import told
 from mlxpage.errors import InvalidRequest
 
 SCHEMA = "mlxpage.chat/1"
@@ -53,7 +53,7 @@ class Conversation:
         """Writes a file that only its owner can read; it is there as a whole or not at all. Raises
         InvalidRequest if it can't be written."""
         record = {"schema": SCHEMA, "model": model, "messages": self.messages}
-        with _told("write", path) as path:
+        with told("write", path) as path:
             file, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".")
             try:
                 with open(file, "w", encoding="utf-8") as written:
@@ -69,7 +69,7 @@ class Conversation:
     @classmethod
     def load(cls, path: str) -> Conversation:
         """Raises InvalidRequest for what is no file of `save`."""
-        with _told("read", path) as path, open(path, encoding="utf-8") as file:
+        with told("read", path) as path, open(path, encoding="utf-8") as file:
             text = file.read(LARGEST_FILE + 1)
         if len(text) > LARGEST_FILE:
             raise InvalidRequest(f"{path} is longer than {LARGEST_FILE:,} characters")
@@ -115,15 +115,3 @@ def _is_message(value: Any, role: str) -> bool:
         and value.get("role") == role
         and isinstance(value.get("content"), str)
     )
-
-
-@contextmanager
-def _told(action: str, path: str) -> Iterator[str]:
-    """The path, of a file that may be anything."""
-    if not path:
-        raise InvalidRequest(f"no file is named to {action}; write its name behind the command")
-    try:
-        yield os.path.expanduser(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"can't {action} {path}: {reason}") from None

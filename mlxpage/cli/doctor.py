@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import click
 
 from mlxpage.cli import report
+from mlxpage.cli.files import told
 from mlxpage.cli.output import color, say
 from mlxpage.errors import InvalidRequest
 
@@ -91,10 +92,8 @@ def _new_file(target: str) -> AbstractContextManager[TextIO]:
     """Opened before anything is measured: it could be in vain."""
     if target == "-":
         return nullcontext(sys.stdout)
-    try:
-        return open(target, "x", encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequest(f"can't write {target} anew: {error.strerror}") from None
+    with told("write", target, "give a FILE that isn't there yet") as path:
+        return open(path, "x", encoding="utf-8")
 
 
 def _measure(model: str | None, parts: dict[str, Any]) -> None:

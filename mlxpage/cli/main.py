@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # what a terminal can't show is no failure
+    warnings.showwarning = lambda message, *_: say(f"Warning: {message}")
     try:
         code = run(sys.argv[1:])
     except (click.Abort, KeyboardInterrupt):
@@ -62,8 +64,11 @@ def run(arguments: list[str]) -> int:
         return code or 0  # of the command, or of click's `Exit`
     except click.Abort:
         raise
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        _show_usage(error)
         return error.exit_code
     except ReaderGone:
         forget_output()
@@ -79,6 +84,14 @@ def run(arguments: list[str]) -> int:
         show_error(f"{type(error).__name__}: {error}", error)
         say("This is a bug in mlxpage. Set MLXPAGE_DEBUG=1 to see where it happened.")
         return 1
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """What click says itself, with its message in a line."""
+    if context := getattr(error, "ctx", None):
+        help = f"'{context.command_path} {context.help_option_names[0]}'"
+        say(f"{context.get_usage()}\nTry {help} for help.\n")
+    show_error(" ".join(error.format_message().split()), error)
 
 
 class ReaderGone(Exception):

@@ -68,7 +68,9 @@ class _KVBits(click.ParamType):
     def _one(text: str):
         if text.lower() == "none":
             return None
-        return int(text) if text.isdecimal() else text
+        with suppress(ValueError):  # of more digits than Python reads, too
+            return int(text)
+        return text
 
 
 memory = setting("--memory", help="Budget for weights, pool and scratch: 4GB or 50%.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -15,6 +16,9 @@ import mlxpage
 if TYPE_CHECKING:
     from mlxpage.outputs import RequestOutput
 
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LONG_WORD = re.compile(r"\S{300,}")
+
 
 def color() -> bool | None:
     """Whether to colour lines, as click takes it; None: on a terminal."""
@@ -22,7 +26,13 @@ def color() -> bool | None:
 
 
 def say(line: str, **style: Any) -> None:
-    click.secho(line, err=True, color=color(), **style)
+    click.secho(harmless(line), err=True, color=color(), **style)
+
+
+def harmless(text: str) -> str:
+    """With escapes for what a terminal could take for a command: names of models, files and
+    settings are shown, and anybody may have chosen them."""
+    return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -37,7 +47,11 @@ def _is_dumb() -> bool:
 def show_error(message: str, error: Exception) -> None:
     if os.environ.get("MLXPAGE_DEBUG"):
         traceback.print_exception(error)
-    say(f"Error: {message}", fg="red")
+    say(f"Error: {_LONG_WORD.sub(_shortened, message)}", fg="red")
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][:100]}...{word[0][-50:]}"
 
 
 def forget_output() -> None:
@@ -62,6 +76,7 @@ def answer(output: RequestOutput) -> dict[str, Any]:
 
 def table(rows: list[list[str]]) -> str:
     """Lines with their cells below each other."""
+    rows = [[harmless(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)

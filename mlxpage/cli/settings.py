@@ -109,7 +109,7 @@ def origin(ctx: click.Context, name: str) -> str:
 def explain(ctx: click.Context, error: Exception) -> None:
     """Notes where those settings come from that the message of an error names."""
     for name, stated in _stated(ctx).items():
-        if re.search(rf"\b{name}\b", str(error)):
+        if re.search(rf"\b{name}\b", str(error)) and stated.origin not in str(error):
             error.add_note(f"{name} is {stated.value!r:.80} in {stated.origin}.")
 
 
@@ -181,13 +181,13 @@ def _parse(file: Path) -> Table:
             text = stream.read(MAX_FILE_BYTES + 1)
         if len(text) > MAX_FILE_BYTES:
             raise InvalidRequest(f"{file} is larger than {MAX_FILE_BYTES >> 10} KiB; shorten it")
-        return tomllib.loads(text.decode())
+        return tomllib.loads(text.decode("utf-8-sig"))
     except OSError as error:
         raise InvalidRequest(f"{file} can't be read: {error.strerror}; mend or move it") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, InvalidRequest):
             raise
-        raise InvalidRequest(f"{file} is no valid TOML: {str(error)[:200]}") from None
+        raise InvalidRequest(f"{file} is no valid TOML: {str(error)[:200]}; mend it") from None
 
 
 def _check(file: Path, table: Table, command: click.Command, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import sys
@@ -21,11 +22,21 @@ REDRAW_SECONDS = 0.5  # while it does, and for a terminal whose size changes
 FRAME_LINES = 48  # of a frame that no terminal limits
 
 
+class _Seconds(click.FloatRange):
+    name = "number"
+
+    def convert(self, value, param, ctx):
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):  # which is in no range, and outside of none
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return seconds
+
+
 @click.command()
 @click.argument("pid", required=False)
 @click.option(
     *("--interval", "seconds"),
-    type=click.FloatRange(0.1, 60),
+    type=_Seconds(0.1, 60),
     metavar="SECONDS",
     default=0.5,
     show_default=True,

@@ -48,7 +48,10 @@ def wanted(name: str | None = None) -> Backend:
     if name == "reference":
         return Backend(name, reference, f"{source} says so")
     if name != here:
-        raise InvalidRequest(f"{source} is {name!r}; this machine computes on {here}")
+        raise InvalidRequest(
+            f"{source} is {name!r}; this machine computes on {here}: "
+            "leave it out, or take reference"
+        )
     return Backend(name, kernels, f"{source} says so")
 
 

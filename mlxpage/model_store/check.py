@@ -61,7 +61,7 @@ def check_adapter(path: str | os.PathLike[str]) -> Path:
     """The folder of an adapter, as mlx-lm's training writes it, whose files are sound as far as can
     be seen without the model. Raises `InvalidModel`."""
     folder = Path(os.path.expanduser(path))
-    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    missing = [name for name in ADAPTER_FILES if not os.path.isfile(folder / name)]
     if missing:
         raise InvalidModel(
             f"{folder} is no adapter: it lacks {' and '.join(missing)}. Give the folder that "
@@ -84,7 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises `InvalidModel` or `UnsupportedModel`."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise InvalidModel(f"{path} is no model: it holds no config.json.")
+        raise InvalidModel(f"{path} is no model: it holds no config.json. Give the one that does.")
     config = _read_json(file, MAX_CONFIG_BYTES)
     if config.get("model_file") is not None:
         raise UnsupportedModel(

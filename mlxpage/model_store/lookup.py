@@ -86,7 +86,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path | None:
         reason = why_not_loaded(path.name) or "a model is the folder that holds config.json"
         raise InvalidModel(f"{path} is a file: {reason}.")
     if _is_path(name):
-        raise ModelNotFound(f"There is no folder {path}.{_did_you_mean(path.name)}")
+        raise ModelNotFound(_no_folder(os.fspath(name), path))
     return None
 
 
@@ -95,6 +95,13 @@ def _is_path(name: str | os.PathLike[str]) -> bool:
     if not isinstance(name, str):
         return True
     return name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1
+
+
+def _no_folder(name: str, path: Path) -> str:
+    if "://" in name:
+        return f"{name} is an address; give the name of the model, org/name."
+    near = _did_you_mean(path.name) or " Give one that is there, or the name of a model."
+    return f"There is no folder {path}.{near}"
 
 
 def _did_you_mean(name: str) -> str:

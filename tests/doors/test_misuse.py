@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+import click
 import pytest
 import tiny_folder as tiny
+from command_tree import commands
 from families import configs as families
 
 from mlxpage.cli import generate
@@ -124,26 +126,395 @@ ARGUMENTS = [
     (["generate", M, "a", "--memory", "1MB"], "", 5, "the budget is 1 MB"),
     (["generate", M, "a", "--num-blocks", "999999999"], "", 5, "999,999,999 blocks need"),
     (["chat", M, "--memory", "1KB"], "", 5, "the budget is 1 kB"),
+    (["generate", M, "a", "--stop"], "", 2, "'--stop' requires an argument"),
+    (["generate", M, "a", "-n"], "", 2, "'-n' requires an argument"),
+    (["generate", M, "a", "-n", ""], "", 2, "'' is not a valid int"),
+    (["generate", M, "a", "-n", "nan"], "", 2, "'nan' is not a valid int"),
+    (["generate", M, "a", "-n", "1.0"], "", 2, "'1.0' is not a valid int"),
+    (["generate", M, "a", "-n", "9" * 5000], "", 2, "999...999"),
+    (["generate", M, "a", "-n=4"], "", 2, "'=4' is not a valid int"),
+    (["generate", M, "a", "--temp", "inf"], "", 2, "temperature must be a number, not inf"),
+    (["generate", M, "a", "--temp", "1e309"], "", 2, "temperature must be a number, not inf"),
+    (["generate", M, "a", "--temp", "101"], "", 2, "from 0 to 100"),
+    (["generate", M, "a", "--temp", ""], "", 2, "'' is not a valid float"),
+    (["generate", M, "a", "--temp", "1,5"], "", 2, "'1,5' is not a valid float"),
+    (["generate", M, "a", "--top-p", "nan"], "", 2, "top_p must be a number, not nan"),
+    (["generate", M, "a", "--top-p", "-0.1"], "", 2, "above 0 and at most 1"),
+    (["generate", M, "a", "--top-k", "1.5"], "", 2, "'1.5' is not a valid int"),
+    (["generate", M, "a", "--top-k", "9" * 30], "", 2, "from 0 to 2147483647"),
+    (["generate", M, "a", "--min-p", "-1"], "", 2, "min_p is -1.0; it must be from 0 to 1"),
+    (["generate", M, "a", "--min-p", "nan"], "", 2, "min_p must be a number"),
+    (["generate", M, "a", "--repetition-penalty", "inf"], "", 2, "must be a number, not inf"),
+    (["generate", M, "a", "--repetition-penalty", "-1"], "", 2, "above 0 and at most 100"),
+    (["generate", M, "a", "--seed", "1.5"], "", 2, "'1.5' is not a valid int"),
+    (["generate", M, "a", "--seed", "-" + "9" * 30], "", 2, "from -9223372036854775808"),
+    (["generate", M, "a", "--stop", "😀" * 257], "", 2, "1 to 256 characters"),
+    (["generate", M, "a", "--num-blocks", "1.5"], "", 2, "'1.5' is not a valid int"),
+    (["generate", M, "a", "--num-blocks", "9" * 30], "", 5, "Take fewer (num_blocks)"),
+    (["generate", M, "a", "--block-size", "16.0"], "", 2, "'16.0' is not a valid int"),
+    (["generate", M, "a", "--block-size", "-16"], "", 2, "block_size is -16"),
+    (["generate", M, "a", "--max-num-seqs", "9" * 30], "", 2, "max_num_batched_tokens (512)"),
+    (["generate", M, "a", "--max-num-seqs", "1.0"], "", 2, "'1.0' is not a valid int"),
+    (["generate", M, "a", "--memory", ""], "", 2, "memory is ''"),
+    (["generate", M, "a", "--memory", "nan"], "", 2, "memory is 'nan'"),
+    (["generate", M, "a", "--memory", "inf"], "", 2, "memory is 'inf'"),
+    (["generate", M, "a", "--memory", "0%"], "", 2, "memory is '0%'"),
+    (["generate", M, "a", "--memory", "-5%"], "", 2, "memory is '-5%'"),
+    (["generate", M, "a", "--memory", "1e3GB"], "", 2, "memory is '1e3GB'"),
+    (["generate", M, "a", "--kv-bits", "8,"], "", 2, "kv_bits is (8, '')"),
+    (["generate", M, "a", "--kv-bits", "-8"], "", 2, "kv_bits is -8"),
+    (["generate", M, "a", "--kv-bits", "8.0"], "", 2, "kv_bits is '8.0'"),
+    (["generate", M, "a", "--kv-bits", "9" * 5000], "", 2, "kv_bits is '99"),
+    (["generate", M, "a", "--dtype", ""], "", 2, "dtype is ''"),
+    (["generate", M, "a", "--dtype", "FLOAT16"], "", 2, "dtype is 'FLOAT16'"),
+    (["generate", M, "a", "--backend", ""], "", 2, "backend is ''"),
+    (["generate", M, "a", "--backend", "Metal"], "", 2, "backend is 'Metal'"),
+    (["generate", M, "a", "--adapter-path", ""], "", 2, "adapter_path is ''"),
+    (["generate", M, "a", "--adapter-path", "nowhere"], "", 4, "nowhere is no adapter"),
+    (["generate", M, "a", "--adapter-path", "folder"], "", 4, "mlx-lm has trained it into"),
+    (["generate", M, "a", "--adapter-path", "text"], "", 4, "text is no adapter"),
+    (["generate", M, "a", "--adapter-path", "x" * 5000], "", 4, "x...x"),
+    (["generate", M, "a", "--adapter-path", "a\x00b"], "", 2, "adapter_path is 'a\\x00b'"),
+    (["generate", M, "a", "--cache-dir", ""], "", 2, "cache_dir is ''"),
+    (["generate", M, "a", "--cache-dir", "a\x00b"], "", 2, "cache_dir is 'a\\x00b'"),
+    (["generate", M, "a", "--cache-disk", ""], "", 2, "cache_disk is ''; write it like '20GB'"),
+    (["generate", M, "a", "--cache-disk", "0"], "", 2, "cache_disk is '0'"),
+    (["generate", M, "a", "--cache-disk", "-1GB"], "", 2, "cache_disk is '-1GB'"),
+    (["generate", M, "a", "--cache-disk", "50%"], "", 2, "cache_disk is '50%'"),
+    (["generate", M, "a", "--cache-disk", "nan"], "", 2, "cache_disk is 'nan'"),
+    (["generate", M, "a", "--json=yes"], "", 2, "'--json' does not take a value"),
+    (["generate", M, "a", "--raw="], "", 2, "'--raw' does not take a value"),
+    (["generate", M, "😀" * 600], "", 2, "2,419 tokens; the model's context of 512"),
+    (["generate", "-x", "a"], "", 2, "No such option '-x'"),
+    (["generate", "--", "-x", "a"], "", 3, "No model '-x'"),
+    (["generate", "-", "a"], "", 3, "No model '-'"),
+    (["generate", "日本", "a"], "", 3, "No model '日本'"),
+    (["generate", "a b/c d", "a"], "", 3, "No model 'a b/c d'"),
+    (["generate", "a\nb", "a"], "", 3, "No model 'a\\nb'"),
+    (["generate", "./\x1b[2J", "a"], "", 3, "no folder \\x1b[2J"),
+    (["generate", "x" * 5000, "a"], "", 3, "No model 'xxx"),
+    (["generate", "org/" + "x" * 300, "a"], "", 3, "No model 'org/xxx"),
+    (["generate", "org/name:tag", "a"], "", 3, "No model 'org/name:tag'"),
+    (["generate", "https://huggingface.co/org/name", "a"], "", 3, "is an address; give the name"),
+    (["generate", "org/name/", "a"], "", 3, "Give one that is there, or the name of a model"),
+    (["generate", "~nobody-here/x", "a"], "", 3, "no folder ~nobody-here/x"),
+    (["generate", "/dev/null", "a"], "", 3, "no folder /dev/null"),
+    (["generate", "loop", "a"], "", 3, "loop"),
+    (["generate", ".", "a"], "", 4, "holds no config.json. Give the one that does"),
+    (["generate", "folder", "a"], "", 4, "folder is no model"),
+    (["generate", "text/", "a"], "", 4, "text is a file"),
+    (["batch"], "", 2, "Missing argument 'MODEL'"),
+    (["batch", M], "", 2, "Missing argument 'IN'"),
+    (["batch", M, ""], "", 2, "no file is named to read; IN is a file of requests"),
+    (["batch", M, "nowhere"], "", 2, "can't read nowhere: No such file or directory; IN is a"),
+    (["batch", M, "folder"], "", 2, "can't read folder: Is a directory"),
+    (["batch", M, "loop"], "", 2, "symbolic links"),
+    (["batch", M, "a\x00b"], "", 2, "can't read a\\x00b: embedded null byte"),
+    (["batch", M, "x" * 5000], "", 2, "File name too long"),
+    (["batch", M, "text/x"], "", 2, "Not a directory"),
+    (["batch", M, "empty"], "", 2, "empty is empty: there is no line with a request"),
+    (["batch", M, "-"], " \n", 2, "standard input is empty"),
+    (["batch", M, "/dev/null"], "", 2, "/dev/null is empty"),
+    (["batch", "requests", M], "", 2, "Is a directory"),
+    (["batch", M, "requests", "requests"], "", 2, "unexpected extra argument"),
+    (["batch", M, "requests", "-o", ""], "", 2, "no file is named to write"),
+    (["batch", M, "requests", "-o", "folder"], "", 2, "Is a directory; give a file that can be"),
+    (["batch", M, "requests", "-o", "a\x00b"], "", 2, "embedded null byte"),
+    (["batch", M, "requests", "-o", "x" * 5000], "", 2, "File name too long"),
+    (["batch", M, "requests", "-o", "text/x"], "", 2, "Not a directory"),
+    (["batch", M, "requests", "-o", "no/such/x"], "", 2, "can't write no/such/x"),
+    (["batch", M, "requests", "-o", "requests"], "", 2, "requests is IN and OUT"),
+    (["batch", M, "requests", "-o", "text"], "", 2, "text has 1 lines already"),
+    (["batch", M, "requests", "--resume"], "", 2, "give it as -o OUT"),
+    (["batch", M, "requests", "--resume", "-o", "-"], "", 2, "give it as -o OUT"),
+    (["batch", M, "requests", "--resume", "-o", "text"], "", 2, "no answer of `mlxpage batch`"),
+    (["batch", M, "requests", "--resume", "-o", "bytes"], "", 2, "no answer of `mlxpage batch`"),
+    (["batch", M, "requests", "--max-queued", "0"], "", 2, "--max-queued is 0"),
+    (["batch", M, "requests", "--max-queued", "-1"], "", 2, "--max-queued is -1"),
+    (["batch", M, "requests", "--max-queued", "x"], "", 2, "'x' is not a valid int"),
+    (["batch", M, "requests", "--max-num-seqs", "-3"], "", 2, "max_num_seqs is -3"),
+    (["batch", M, "requests", "--temp", "nan"], "", 2, "temperature must be a number"),
+    (["batch", M, "requests", "-n", "0"], "", 2, "max_tokens is 0"),
+    (["batch", M, "requests", "--json"], "", 2, "No such option '--json'"),
+    (["batch", M, "requests", "--raw", "-s", "x"], "", 2, "--system needs a model with"),
+    (["batch", "", "requests"], "", 3, "No model ''"),
+    (["batch", "./nowhere", "requests"], "", 3, "no folder nowhere"),
+    (["batch", "folder", "requests"], "", 4, "folder is no model"),
+    (["chat", ""], "", 3, "No model ''"),
+    (["chat", "a\x00b"], "", 3, "No model 'a\\x00b'"),
+    (["chat", "folder"], "", 4, "folder is no model"),
+    (["chat", "text"], "", 4, "text is a file"),
+    (["chat", M, "--json"], "", 2, "No such option '--json'"),
+    (["chat", M, "--temp", "hot"], "", 2, "'hot' is not a valid float"),
+    (["chat", M, "--stop", ""], "", 2, "1 to 256 characters"),
+    (["chat", M, "--num-blocks", "0"], "", 2, "num_blocks is 0"),
+    (["chat", M, "--no-history=1"], "", 2, "does not take a value"),
+    (["chat", M, "--seed", "x"], "", 2, "'x' is not a valid int"),
+    (["show"], "", 2, "Missing argument 'MODEL'"),
+    (["show", M, "x"], "", 2, "unexpected extra argument"),
+    (["show", ""], "", 3, "No model ''"),
+    (["show", "a\x00b"], "", 3, "No model 'a\\x00b'"),
+    (["show", "x" * 5000], "", 3, "No model 'xxx"),
+    (["show", "folder"], "", 4, "folder is no model"),
+    (["show", "text"], "", 4, "text is a file"),
+    (["show", M, "--block-size", "x"], "", 2, "'x' is not a valid int"),
+    (["show", M, "--max-num-seqs", "9" * 30], "", 2, "max_num_batched_tokens (512)"),
+    (["show", M, "--memory", ""], "", 2, "memory is ''"),
+    (["show", M, "--memory", "0"], "", 2, "memory is '0'"),
+    (["show", M, "--memory", "9" * 50 + "GB"], "", 2, "like '4GB'"),
+    (["show", M, "--num-blocks", "3"], "", 2, "No such option '--num-blocks'"),
+    (["show", M, "--fit=1"], "", 2, "'--fit' does not take a value"),
+    (["show", M, "--fit", "--memory", "lots"], "", 2, "like '4GB'"),
+    (["show", M, "--fit", "--kv-bits", "5"], "", 2, "kv_bits is 5"),
+    (["show", "folder", "--fit"], "", 4, "folder is no model"),
+    (["pull"], "", 2, "Missing argument 'MODEL'"),
+    (["pull", "a", "b"], "", 2, "unexpected extra argument"),
+    (["pull", "--quite", "a"], "", 2, "Did you mean '--quiet'?"),
+    (["pull", "a\x00b"], "", 3, "No model 'a\\x00b'"),
+    (["pull", "x" * 5000], "", 3, "No model 'xxx"),
+    (["pull", "../x"], "", 3, "no folder ../x"),
+    (["pull", "日本/語"], "", 3, "No model '日本/語'"),
+    (["pull", "folder"], "", 4, "folder is no model"),
+    (["pull", "text"], "", 4, "text is a file"),
+    (["rm"], "", 2, "Missing argument 'MODEL'"),
+    (["rm", "a", "b"], "", 2, "unexpected extra argument"),
+    (["rm", "-rf", "a"], "", 2, "No such option '-r'"),
+    (["rm", "--yes=1", "a"], "", 2, "does not take a value"),
+    (["rm", "/", "-y"], "", 2, "is a folder of yours"),
+    (["rm", "~", "-y"], "", 2, "is a folder of yours"),
+    (["rm", "folder", "-y"], "", 2, "is a folder of yours"),
+    (["rm", "text", "-y"], "", 4, "text is a file"),
+    (["rm", "*", "-y"], "", 3, "`mlxpage ls` lists what is"),
+    (["rm", "org/../..", "-y"], "", 3, "no folder org/../.."),
+    (["rm", "a\x00b", "-y"], "", 3, "a\\x00b is not on this machine"),
+    (["rm", "x" * 5000, "-y"], "", 3, "x...x"),
+    (["ls", "x"], "", 2, "unexpected extra argument"),
+    (["ls", "--all"], "", 2, "No such option '--all'"),
+    (["ls", "--json=1"], "", 2, "does not take a value"),
+    (["info", "--jsn"], "", 2, "Did you mean '--json'?"),
+    (["alias", "set"], "", 2, "Missing argument 'NAME'"),
+    (["alias", "set", "a"], "", 2, "Missing argument 'MODEL'"),
+    (["alias", "set", "a", "b", "c"], "", 2, "unexpected extra argument"),
+    (["alias", "set", "-x", "b"], "", 2, "No such option '-x'"),
+    (["alias", "set", "--", "-x", "b"], "", 2, "'-x' can't be an alias"),
+    (["alias", "set", "..", "b"], "", 2, "'..' can't be an alias"),
+    (["alias", "set", "a\x00b", "b"], "", 2, "'a\\x00b' can't be an alias"),
+    (["alias", "set", "ä", "b"], "", 2, "'ä' can't be an alias"),
+    (["alias", "set", "a b", "b"], "", 2, "'a b' can't be an alias"),
+    (["alias", "set", "a\n", "b"], "", 2, "'a\\n' can't be an alias"),
+    (["alias", "set", "a", ""], "", 3, "No model ''"),
+    (["alias", "set", "a", "a\x00b"], "", 3, "No model 'a\\x00b'"),
+    (["alias", "set", "a", "x" * 5000], "", 3, "No model 'xxx"),
+    (["alias", "set", "a", "--", "-x"], "", 3, "No model '-x'"),
+    (["alias", "set", "a", "text"], "", 4, "text is a file"),
+    (["alias", "rm"], "", 2, "Missing argument 'NAME'"),
+    (["alias", "rm", ""], "", 2, "there is no alias ''"),
+    (["alias", "rm", "../x"], "", 2, "`mlxpage alias ls` lists them"),
+    (["alias", "ls", "x"], "", 2, "unexpected extra argument"),
+    (["alias", "ls", "--jsn"], "", 2, "Did you mean '--json'?"),
+    (["config", "show", "x"], "", 2, "unexpected extra argument"),
+    (["config", "show", "--orign"], "", 2, "'--origin'"),
+    (["config", "path", "x"], "", 2, "unexpected extra argument"),
+    (["config", "path", "--json"], "", 2, "No such option '--json'"),
+    (["config", "get", "seed"], "", 2, "No such command 'get'"),
+    (["completion"], "", 2, "Missing argument 'SHELL'. Choose from: bash, zsh, fish"),
+    (["completion", ""], "", 2, "'' is not one of 'bash', 'zsh', 'fish'"),
+    (["completion", "bash", "zsh"], "", 2, "unexpected extra argument"),
+    (["cache"], "", 2, "Missing argument 'ACTION'. Choose from: stats, clear, verify"),
+    (["cache", ""], "", 2, "'' is not one of 'stats', 'clear', 'verify'"),
+    (["cache", "stats", "extra"], "", 2, "unexpected extra argument"),
+    (["cache", "stats", "--dir"], "", 2, "'--dir' requires an argument"),
+    (["cache", "stats", "--dir", ""], "", 2, "no file is named to count the blocks in"),
+    (["cache", "stats", "--dir", "text"], "", 2, "text is no folder"),
+    (["cache", "clear", "--dir", "loop"], "", 2, "can't clear loop"),
+    (["cache", "verify", "--yes"], "", 2, "No such option '--yes'"),
+    (["doctor", "x"], "", 2, "unexpected extra argument"),
+    (["doctor", "--fix"], "", 2, "No such option '--fix'"),
+    (["doctor", "--model"], "", 2, "'--model' requires an argument"),
+    (["doctor", "--model", "a"], "", 2, "give --report too"),
+    (["doctor", "--json", "--report", "-"], "", 2, "give a FILE"),
+    (["doctor", "--report", "text"], "", 2, "can't write text: File exists; give a FILE that"),
+    (["doctor", "--report", "folder"], "", 2, "can't write folder"),
+    (["doctor", "--report", "a\x00b"], "", 2, "embedded null byte"),
+    (["doctor", "--report", "x" * 5000], "", 2, "File name too long"),
+    (["doctor", "--report", "no/such/x"], "", 2, "can't write no/such/x"),
+    (["top"], "", 2, "give --once or --json"),
+    (["top", "--once"], "", 6, "no engine runs"),
+    (["top", "--json", "--once", "../x"], "", 6, "no engine runs"),
+    (["top", "--once", "-1"], "", 2, "No such option '-1'"),
+    (["top", "--once", "1", "2"], "", 2, "unexpected extra argument"),
+    (["top", "--once", "--interval", "0"], "", 2, "0.1<=x<=60"),
+    (["top", "--once", "--interval", "nan"], "", 2, "'nan' is no number"),
+    (["top", "--once", "--interval", "inf"], "", 2, "0.1<=x<=60"),
+    (["top", "--once", "--interval", "x"], "", 2, "'x' is not a valid number"),
+    (["top", "--once", "--interval", "9" * 30], "", 2, "0.1<=x<=60"),
+    ([""], "", 2, "No such command ''"),
+    (["-"], "", 2, "No such command '-'"),
+    (["--"], "", 2, "Missing command"),
+    (["GENERATE"], "", 2, "No such command 'GENERATE'"),
+    (["help"], "", 2, "No such command 'help'"),
+    (["generate\n"], "", 2, "Did you mean 'generate'?"),
+    (["--versoin"], "", 2, "Did you mean '--version'?"),
+    (["--json", "ls"], "", 2, "No such option '--json'"),
+    (["x" * 5000], "", 2, "No such command 'xxx"),
 ]
+
+
+def test_the_table_is_long_and_leaves_no_command_out():
+    assert len({tuple(arguments) for arguments, *_ in ARGUMENTS}) >= 300
+    given = [" ".join(arguments) + " " for arguments, *_ in ARGUMENTS]
+    for name, command in commands().items():
+        if not isinstance(command, click.Group):
+            assert sum(line.startswith(f"{name} ") for line in given) >= 2, name
+
+
+@pytest.fixture(autouse=True)
+def clutter(tmp_path, monkeypatch):
+    """The current folder, with what people have in theirs."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("loop").symlink_to("loop")
+    Path("text").write_text("hello")
+    Path("bytes").write_bytes(b"\xff\xfe\x00")
+    Path("empty").write_bytes(b"")
+    Path("requests").write_text('{"prompt": "a"}\n')
 
 
 @pytest.mark.parametrize(
     "arguments, stdin, code, told", ARGUMENTS, ids=lambda value: ascii(value)[:60]
 )
-def test_a_wrong_argument_is_told_in_a_line(
-    cli, tiny_folder, tmp_path, monkeypatch, arguments, stdin, code, told
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_argument_is_told_in_a_line(cli, tiny_folder, arguments, stdin, code, told):
+    before = files_of(Path())
     arguments = [argument.replace(M, str(tiny_folder)) for argument in arguments]
     refused(cli(*arguments, stdin=stdin), code, told)
+    assert files_of(Path()) == before
+
+
+# -- wrong surroundings --
+
+VARIABLES = [
+    # (name behind MLXPAGE_, its value, exit code, parts of the message)
+    ("MAX_TOKENS", "many", 2, "MLXPAGE_MAX_TOKENS. 'many' is not a valid int"),
+    ("MAX_TOKENS", "-1", 2, "max_tokens is '-1' in MLXPAGE_MAX_TOKENS."),
+    ("TEMPERATURE", "nan", 2, "temperature is 'nan' in MLXPAGE_TEMPERATURE."),
+    ("TOP_P", "2", 2, "top_p is '2' in MLXPAGE_TOP_P."),
+    ("SEED", "1e3", 2, "Correct it there, or give --seed."),
+    ("QUIET", "maybe", 2, "Correct it there, or give --quiet."),
+    ("KV_BITS", "9", 2, "kv_bits is '9' in MLXPAGE_KV_BITS."),
+    ("MEMORY", "lots", 2, "memory is 'lots' in MLXPAGE_MEMORY."),
+    ("STOP", "x" * 300, 2, "in MLXPAGE_STOP."),
+    ("BLOCK_SIZE", "7", 2, "block_size is '7' in MLXPAGE_BLOCK_SIZE."),
+    ("DTYPE", "int4", 2, "dtype is 'int4' in MLXPAGE_DTYPE."),
+    ("BACKEND", "gpu", 2, "backend is 'gpu' in MLXPAGE_BACKEND."),
+    ("MAX_NUM_SEQS", "0", 2, "max_num_seqs is '0' in MLXPAGE_MAX_NUM_SEQS."),
+    ("NUM_BLOCKS", "x", 2, "Correct it there, or give --num-blocks."),
+    ("ADAPTER_PATH", "nowhere", 4, "adapter_path is 'nowhere' in MLXPAGE_ADAPTER_PATH."),
+    ("CACHE_DISK", "all", 2, "cache_disk is 'all' in MLXPAGE_CACHE_DISK."),
+]
+
+
+@pytest.mark.parametrize("name, value, code, told", VARIABLES, ids=lambda value: ascii(value)[:40])
+def test_rubbish_in_a_variable_is_told_in_two_lines(
+    cli, tiny_folder, monkeypatch, name, value, code, told
+):
+    monkeypatch.setenv(f"MLXPAGE_{name}", value)
+    ran = cli("generate", tiny_folder, "hello")
+    refused(ran, code, told)
+    assert ran.err.count(f"MLXPAGE_{name}") <= 1, "it is said twice"
+
+
+SETTINGS = {
+    b"max-tokens = 'many'": "'many' is not a valid int",
+    b"max_tokens = 3": "Did you mean max-tokens?",
+    b"max-tokens = nan": "'nan' is not a valid int",
+    b"max-tokens = " + b"9" * 5000: "is no valid TOML",
+    b"max-tokens = {}": "there is no table 'max-tokens'",
+    b"[generate]\nmax-tokens = []": "It takes one value, and this is a list",
+    b"[generat]": "Did you mean generate?",
+    b"[[generate]]": "there is no setting 'generate'",
+    b"quiet = 'yes'": "It must be true or false",
+    b"seed = 1979-05-27": "'1979-05-27' is not a valid int",
+    b"json = true": "there is no setting 'json'",
+    b"system = ['a', 'b']": "It takes one value",
+    b'cache-dir = "a\\u0000b"': "cache_dir is 'a\\x00b'",
+    b'"\\u001b[2J" = 1': "there is no setting '\\x1b[2J'",
+    b'"" = 3': "there is no setting ''",
+    b"a = ": "is no valid TOML",
+    b"\xff": "is no valid TOML",
+    b"\x00": "is no valid TOML",
+    b"[" * 10**5: "is no valid TOML",
+    b"a" * 2**21: "is larger than 1024 KiB; shorten it",
+}
+ALIASES = [
+    *(b"", b"[]", b"{", b"\xff", b"\x00", b'{"a": 1}', b'{"a": null}', b"[" * 10**6),
+    *(b'{"a": ["b"]}', b'"a"', b"NaN"),
+]
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """The folder of the user's settings."""
+    folder = tmp_path / "user"
+    folder.mkdir()
+    monkeypatch.setenv("MLXPAGE_CONFIG", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("content", SETTINGS, ids=lambda content: ascii(content)[:40])
+def test_rubbish_in_a_file_of_settings_is_told(cli, tiny_folder, user, content):
+    (user / "config.toml").write_bytes(content)
+    refused(cli("generate", tiny_folder, "hello"), 2, SETTINGS[content])
+
+
+@pytest.mark.parametrize("content", ALIASES, ids=lambda content: ascii(content)[:40])
+def test_rubbish_in_the_file_of_aliases_is_told_and_left_alone(cli, user, content):
+    (user / "aliases.json").write_bytes(content)
+    for arguments in (["ls"], ["alias", "ls"], ["alias", "set", "n", "org/m"], ["show", "a"]):
+        refused(cli(*arguments), 2, "is no list of aliases; mend it, or remove it and set anew")
+    assert (user / "aliases.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["config.toml", "aliases.json"])
+@pytest.mark.parametrize("fault", ["a folder", "a link to itself"])
+def test_a_file_of_the_user_that_is_none_is_told(cli, tiny_folder, user, name, fault):
+    file = user / name
+    file.mkdir() if fault == "a folder" else file.symlink_to(file)
+    refused(cli("generate", "a" if "alias" in name else tiny_folder, "b"), 2, "mend or move it")
+
+
+def test_aliases_that_go_round_in_a_circle_end(cli, user):
+    (user / "aliases.json").write_text('{"a": "b", "b": "a"}')
+    refused(cli("generate", "a", "hello"), 3, "b is not on this machine")
+
+
+def test_names_from_files_do_nothing_to_a_terminal(cli, user):
+    (user / "aliases.json").write_text(json.dumps({"a": "\x1b[2J\r\x9bm", "b\x07": "c"}))
+    for arguments in (["ls"], ["alias", "ls"], ["alias", "rm", "a"]):
+        ran = cli(*arguments)
+        assert ran.code == 0 and (ran.out + ran.err).replace("\n", "").isprintable()
+        assert "\\x1b[2J\\x0d\\x9bm" in ran.out + ran.err
+
+
+def test_a_file_of_ones_own_is_not_taken_for_half_an_answer(cli, tiny_folder):
+    Path("mine").write_text("one line and no more")
+    refused(
+        cli("batch", tiny_folder, "requests", "-o", "mine", "--resume"), 2, "line 1 of mine is no"
+    )
+    assert Path("mine").read_text() == "one line and no more"
+
+
+def files_of(folder: Path) -> dict[str, bytes | None]:
+    return {str(f): f.read_bytes() if f.is_file() else None for f in folder.rglob("*")}
 
 
 def refused(ran, code: int, told: str) -> None:
     assert (ran.code, ran.out) == (code, ""), ran.err
-    *notes, message = ran.error
-    assert message.startswith("Error: ") and told in message
+    (at,) = (n for n, line in enumerate(ran.error) if line.startswith("Error: "))
+    notes, message = ran.error[:at], " ".join(ran.error[at:])
+    assert told in message and len(ran.error) <= at + 2
     assert all(note.startswith(("pool ", "Taking", "It ", "no")) for note in notes)
     assert len(notes) <= 2 and "Traceback" not in ran.err
+    assert len(message) < 1000 and message.isprintable()
 
 
 def test_no_prompt_on_a_terminal_is_an_error_and_no_waiting(cli, tiny_folder, monkeypatch):
@@ -312,6 +683,27 @@ def test_a_damaged_or_unsupported_model_is_refused_in_a_line(cli, tiny_folder, t
     breaks(folder)
     refused(cli("generate", folder, "hello", "-n", "2"), 4, told)
     assert not (tmp_path / "ran").exists(), "the model's code was run"
+
+
+UNSEEN = {
+    "weights with NaN",
+    "a tokenizer of no JSON",
+    "an empty tokenizer",
+    "a tokenizer that is code",
+}
+"""Faults that show when numbers or words are read, which `show` doesn't."""
+
+
+@pytest.mark.parametrize("fault", MODELS)
+def test_how_a_damaged_model_would_fit_is_not_told(cli, tiny_folder, tmp_path, fault):
+    breaks, told = MODELS[fault]
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    breaks(folder)
+    ran = cli("show", folder, "--fit")
+    if fault in UNSEEN:
+        assert (ran.code, ran.err) == (0, "")
+    else:
+        refused(ran, 4, told)
 
 
 def test_code_beside_a_sound_model_is_never_run(cli, tiny_folder, tmp_path):
