@@ -266,10 +266,10 @@ class KVCache:
     def begin(self, rows: Rows, *, is_run: bool = False) -> None:
         """Makes `rows` the ones that the next forward writes and reads; `is_run`: along its length
         axis."""
-        for tables, num_blocks in zip(rows.block_tables, self.num_blocks, strict=True):
-            # MLX doesn't check: on a GPU this would be somebody else's memory.
-            known = tables.min() >= 0 and tables.max() <= num_blocks
-            assert known, "a table holds a block that the pool doesn't have"
+        for group, tables in enumerate(rows.block_tables):
+            self._check_blocks(group, tables, least=0)  # 0 pads a table
+        if len(rows.sample_rows) and rows.sample_rows.max() >= len(rows.positions):
+            raise IndexError(f"row {rows.sample_rows.max()} of {len(rows.positions)} is sampled")
         self._forward.given = None
         self._forward.start = int(rows.positions[0]) if is_run else None
         self._forward.steps = [
@@ -284,8 +284,18 @@ class KVCache:
         # While MLX still has to read a pool, it would write into a copy.
         mx.eval([layer.seen.cache for layer in self._state_layers])
 
+    def _check_blocks(self, group: int, blocks: np.ndarray, least: int) -> None:
+        """Raises IndexError. MLX doesn't look: on a GPU it would be somebody else's memory."""
+        most = self.num_blocks[group]
+        if blocks.size and not least <= blocks.min() <= blocks.max() <= most:
+            raise IndexError(
+                f"blocks {blocks.min()} to {blocks.max()} of a pool of those from {least} to {most}"
+            )
+
     def copy(self, copies: list[np.ndarray]) -> None:
         """Copies blocks, as in `Rows`."""
+        for group, pairs in enumerate(copies):
+            self._check_blocks(group, pairs, least=1)
         # One layer after the other, so that what comes after the last comes after all.
         after = self._forward.after
         for layer in self.layers:

@@ -256,7 +256,8 @@ class Step:
         self.window = window
         owners = np.repeat(np.arange(len(rows.contexts)), np.diff(rows.starts))
         self.write_blocks = tables[owners, rows.positions // block_size]  # (T,)
-        assert self.write_blocks.all(), "a row has no block to be written to"
+        if not self.write_blocks.all():
+            raise IndexError("a row has no block to be written to")
         self._owners = owners
         self._fetched_tables: mx.array | None = None
         self._unread: dict[LayerSpec, tuple[mx.array, mx.array]] = {}

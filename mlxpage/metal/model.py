@@ -136,6 +136,7 @@ class Model:
 
     def _step(self, rows: Rows, *, is_run: bool = False) -> mx.array:
         """One forward."""
+        self._check_tokens(rows.tokens)
         self.cache.begin(rows, is_run=is_run)
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
         wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
@@ -145,6 +146,15 @@ class Model:
             return self._compiled(self._forward, self.cache, tokens)
         wanted = ... if every else mx.array(wanted)
         return self._forward(tokens, wanted)[: len(rows.sample_rows)]
+
+    def _check_tokens(self, tokens: np.ndarray | mx.array) -> None:
+        """Of those that Python has; others come from the model's own logits."""
+        if not isinstance(tokens, np.ndarray):
+            return
+        if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise IndexError(
+                f"token ids {tokens.min()} to {tokens.max()} of a vocabulary of {self.vocab_size}"
+            )
 
     def _forward(self, tokens: mx.array, wanted: mx.array | EllipsisType = ...) -> mx.array:
         """Logits (R, vocab) of the wanted rows, all of them by default."""

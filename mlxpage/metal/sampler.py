@@ -107,6 +107,8 @@ def logprobs(logits: mx.array, tokens: mx.array, top: int) -> tuple[mx.array, mx
 def _penalised(logits: mx.array, penalties: Penalties) -> mx.array:
     changes = []
     if len(penalties.rows):
+        if not 0 <= penalties.tokens.min() <= penalties.tokens.max() < logits.shape[-1]:
+            raise IndexError(f"a bias of a token that isn't one of {logits.shape[-1]}")
         which = mx.array(penalties.rows), mx.array(penalties.tokens)
         changes.append((which, penalties.repetition, mx.array(penalties.added)))
     if (unread := penalties.unread) is not None:

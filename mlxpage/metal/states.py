@@ -34,7 +34,8 @@ class Step:
 
 def _of(tables: np.ndarray, sequences: np.ndarray, columns: np.ndarray) -> np.ndarray:
     blocks = tables[sequences, columns]
-    assert blocks.all(), "a sequence has no block for its state"
+    if not blocks.all():
+        raise IndexError("a sequence has no block for its state")
     return blocks
 
 

@@ -235,7 +235,7 @@ def test_what_a_freed_block_holds_never_reaches_its_next_owner(family, dtype):
 
 def test_a_row_without_a_block_is_an_error_and_not_a_write():
     cache = KVCache([FULL], [5], BLOCK_SIZE)
-    with pytest.raises(AssertionError, match="no block"):
+    with pytest.raises(IndexError, match="no block"):
         cache.begin(rows([(17, 1)], np.array([[1, 0]], np.int32)))
     with pytest.raises(IndexError):
         cache.begin(rows([(33, 1)], np.array([[1, 2]], np.int32)))
@@ -246,8 +246,33 @@ def test_a_block_that_the_pool_does_not_have_is_an_error_and_not_a_write():
     good = np.array([[1, 2]], np.int32)
     cache.begin(rows([(17, 1)], [good, good]))
     for bad in ([good, good + 1], [good + 4, good], [good, -good]):
-        with pytest.raises(AssertionError, match="block"):
+        with pytest.raises(IndexError, match="block"):
             cache.begin(rows([(17, 1)], bad))
+
+
+@pytest.mark.parametrize("pair", [[0, 1], [1, 0], [1, 6], [6, 1], [-1, 1]], ids=str)
+def test_a_copy_of_what_is_not_there_is_an_error_and_nothing_is_copied(pair):
+    cache = KVCache([FULL], [5], BLOCK_SIZE)
+    sound = rows([(17, 1)], np.array([[1, 2]], np.int32))
+    with pytest.raises(IndexError, match="a pool of those from 1 to 5"):
+        cache.begin(replace(sound, copies=[np.array([[1, 2], pair], np.int32)]))
+    cache.begin(replace(sound, copies=[np.array([[1, 2], [5, 3]], np.int32)]))
+
+
+def test_a_row_that_is_not_there_is_not_sampled():
+    cache = KVCache([FULL], [5], BLOCK_SIZE)
+    sound = rows([(17, 2)], np.array([[1, 2]], np.int32))
+    with pytest.raises(IndexError, match="row 2 of 2"):
+        cache.begin(replace(sound, sample_rows=np.array([0, 2], np.int32)))
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_that_the_model_does_not_have_is_an_error_before_a_step(token):
+    model = tiny_models.make("llama")
+    model.bind(KVCache(model.specs, [4], BLOCK_SIZE))
+    found = rows([(1, 1)], np.ones((1, 1), np.int32))
+    with pytest.raises(IndexError, match="of a vocabulary of"):
+        model(replace(found, tokens=np.array([token], np.int32)))
 
 
 # -- tags --

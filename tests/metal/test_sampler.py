@@ -419,3 +419,9 @@ def test_choices_name_every_parameter_of_a_row():
     """A parameter that this page forgets would be tested nowhere."""
     names = {field.name for field in dataclasses.fields(Choices)}
     assert names == {*NEUTRAL, "seeds", "positions", "penalties"}
+
+
+@pytest.mark.parametrize("token", [-1, 5])
+def test_a_bias_of_a_token_that_is_not_there_is_an_error(token):
+    with pytest.raises(IndexError, match="isn't one of 5"):
+        draw(np.zeros((1, 5)), [{"temperature": 0.0}], penalties([(0, token, 1.0, 2.0)]))

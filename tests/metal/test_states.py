@@ -72,7 +72,7 @@ def test_who_begins_has_no_state_and_is_alone():
     assert filled().states(step([[5]], (0, 3))) == [None, None, None]
     with pytest.raises(AssertionError, match="a state of nothing beside others"):
         step([[5], [3]], (0, 1), (3, 4))
-    with pytest.raises(AssertionError, match="no block for its state"):
+    with pytest.raises(IndexError, match="no block for its state"):
         step([[0, 3]], (4, 5))
 
 
