@@ -1,5 +1,6 @@
 """What an engine does with requests that a step can't serve."""
 
+import random
 import warnings
 from types import SimpleNamespace
 
@@ -81,3 +82,31 @@ def test_a_tier_that_stops_reading_does_not_raise_where_warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tier.stop_reading(RuntimeError("no way in"))
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.full) for n in range(4, 100))]
+)
+def test_a_prompt_aborted_in_its_middle_goes_on_from_there(seed):
+    rng = random.Random(seed)
+    model = tiny_models.make("llama")
+    engine = serving.engine(
+        model, num_blocks=64, max_num_seqs=1, max_num_batched_tokens=rng.choice([16, 40, 64])
+    )
+    prompt = [rng.randrange(1, 60) for _ in range(rng.randrange(200, 500))]
+    (expected,) = serving.serve(serving.engine(model), [prompt], GREEDY)
+    told = []
+    request = engine.request(prompt, GREEDY, lambda event: None)
+    request.on_progress = told.append
+    engine.add(request)
+    least = rng.randrange(48, 190)
+    while not told or told[-1].num_computed_tokens < least:
+        engine.step()
+    computed = told[-1].num_computed_tokens
+    engine.abort(request.id)
+    engine.step()
+    engine.scheduler.check()
+    assert all(group.pool.num_used == 0 for group in engine.scheduler.groups)
+    (output,) = serving.serve(engine, [prompt], GREEDY)
+    assert output.num_cached_tokens >= computed // 16 * 16
+    assert output.token_ids == expected.token_ids
