@@ -439,6 +439,38 @@ def test_every_command_and_option_has_its_help(cli, name):
             assert name in command.help + group.help, name
 
 
+JSON = {
+    "alias ls": [],
+    "cache": ["stats"],
+    "config show": [],
+    "doctor": [],
+    "generate": ["MODEL", "a", "-n", "1"],
+    "info": [],
+    "ls": [],
+    "show": ["MODEL", "--fit"],
+    "top": ["--once"],
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_with_json_there_is_one_document_and_nothing_else(cli, make_llm, tiny_folder, name):
+    watched = make_llm(monitor=True) if name == "top" else None
+    arguments = [str(tiny_folder) if word == "MODEL" else word for word in JSON[name]]
+    ran = cli(*name.split(), *arguments, "--json")
+    assert ran.code == (0 if name != "doctor" else ran.code) and ran.out.count("\n") == 1
+    assert json.loads(ran.out)["schema"] == f"mlxpage.{name.split()[0]}/1"
+    del watched
+
+
+def test_so_do_all_commands_that_have_it():
+    having = {
+        name
+        for name, command in commands().items()
+        if any("--json" in parameter.opts for parameter in command.params)
+    }
+    assert having == set(JSON)
+
+
 def test_the_version_is_shown(cli):
     assert cli("--version").out.split()[-1] == mlxpage.__version__
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import random
 import re
 import resource
 import select
@@ -121,14 +122,22 @@ def test_ctrl_c_while_an_answer_comes(start, tiny_folder, times):
     assert time.monotonic() - began < 4
 
 
-@pytest.mark.full
-def test_ctrl_c_at_any_moment(start, tiny_folder):
-    # -2: before Python has a handler for it, or after it has taken it away.
-    for tenths in range(1, 31):
-        process = start("generate", tiny_folder, "hello", "-n", "400")
-        time.sleep(tenths / 10)
-        code, _, _ = process.interrupt().end()
-        assert code in (0, 130, -signal.SIGINT)
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.full)])
+def test_a_signal_at_any_moment_ends_it_and_all_that_it_has_started(start, tiny_folder, count):
+    rng = random.Random(1)
+    began = time.monotonic()
+    assert start("generate", tiny_folder, "hello", "-n", "400").end()[0] == 0
+    whole = time.monotonic() - began
+    for _ in range(count):
+        process = start("generate", tiny_folder, "hello", "-n", "400", start_new_session=True)
+        time.sleep(rng.uniform(0, whole))
+        sent = rng.choice([signal.SIGINT, signal.SIGTERM])
+        process.process.send_signal(sent)
+        code, _, err = process.end()
+        # The signal itself: before Python has a handler for it, or after it has taken it away.
+        assert code in (0, 130, -sent), err
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.process.pid, 0)
 
 
 def test_ctrl_c_at_the_chats_prompt_of_a_pipe_and_its_end(start, tiny_folder):
@@ -178,6 +187,39 @@ def test_an_answer_that_cannot_be_written_is_an_error(start, tiny_folder, tmp_pa
         )
         code, _, err = process.end()
     assert (code, err) == (1, "Error: [Errno 27] File too large\n")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_commands_without_a_model_bear_closed_streams_too(start, closed):
+    process = start("config", "show", preexec_fn=lambda: [*map(os.close, closed)])
+    code, out, err = process.end()
+    assert (code, err) == (0, "")
+    assert bool(out) == (1 not in closed)
+
+
+def test_bare_surroundings_are_no_failure(tmp_path):
+    """Neither a home nor a terminal, a language or a width."""
+    for arguments in (["ls"], ["generate", "--help"], ["rm", "日本", "-y"]):
+        ran = subprocess.run(
+            [sys.executable, "-m", "mlxpage", *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "LC_ALL": "C", "COLUMNS": "1", "HF_HUB_CACHE": "none"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=SECONDS,
+        )
+        assert ran.returncode == (3 if "rm" in arguments else 0), ran.stderr
+        assert b"Traceback" not in ran.stderr and b"Warning" not in ran.stderr
+
+
+def test_a_warning_is_a_line(start, tiny_folder, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    process = start("generate", tiny_folder, "hello", "-n", "1", "-q", "--cache-dir", file)
+    code, _, err = process.end()
+    assert code == 0
+    assert err.startswith("Warning: No more blocks of the prefix cache are written to")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("closed", [(0,), (0, 1, 2)], ids=str)
