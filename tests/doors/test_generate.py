@@ -192,17 +192,23 @@ def test_without_max_tokens_the_pool_ends_a_generation(make_llm):
 # -- seeds --
 
 
-def test_a_seed_gives_the_same_tokens_at_every_place_of_every_batch(make_llm):
+@pytest.mark.parametrize("batches", [3, pytest.param(200, marks=pytest.mark.full)])
+def test_a_seed_gives_the_same_tokens_at_every_place_of_every_batch(make_llm, batches):
     llm = make_llm(max_num_seqs=8)
     params = changed(RANDOM, seed=7)
     alone = llm.generate("abc", params).token_ids
     rng = np.random.default_rng(0)
-    for place in (0, 3, 11):
+    for place in (0, 3, 11, *rng.integers(0, 12, batches - 3)):
         prompts = [[5] * int(n) for n in rng.integers(1, 60, 12)]
         prompts[place] = "abc"
         others = [changed(RANDOM, max_tokens=int(n)) for n in rng.integers(1, 20, 12)]
         others[place] = params
-        assert llm.generate(prompts, others)[place].token_ids == alone
+        before = llm.stats()
+        outputs = llm.generate(prompts, others)
+        assert outputs[place].token_ids == alone
+        for name, ids in ("prompt_tokens", "prompt_token_ids"), ("output_tokens", "token_ids"):
+            counted = sum(len(getattr(output, ids)) for output in outputs)
+            assert llm.stats()[name] - before[name] == counted
 
 
 def test_another_seed_gives_other_tokens(llm):
