@@ -190,16 +190,16 @@ def test_in_a_terminal_it_asks_which_engine(make_llm, terminal):
 
 
 def test_commands_can_be_watched_unless_told_not_to(cli, tiny_folder, monkeypatch):
-    from mlxpage import LLM
+    from mlxpage import AsyncEngine
 
     seen = []
-    generate = LLM.stream_many
+    submit = AsyncEngine.submit
 
-    def look(llm, *arguments):
+    def look(engine, *arguments, **options):
         seen.append(monitor.engines())
-        return generate(llm, *arguments)
+        return submit(engine, *arguments, **options)
 
-    monkeypatch.setattr(LLM, "stream_many", look)
+    monkeypatch.setattr(AsyncEngine, "submit", look)
     assert cli("generate", tiny_folder, "hello", "-n", "2").code == 0
     assert [watch.hello["model"] for watch in seen.pop()] == [str(tiny_folder)]
     assert monitor.engines() == []
