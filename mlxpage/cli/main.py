@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> int:
         return BROKEN_PIPE
     except OSError as error:  # of stdout: those of model files come as errors of our own
         forget_output()
-        show_error(str(error), error)
+        show_error(f"can't write to standard output: {error.strerror or error}", error)
         return 1
     except MlxpageError as error:
         show_error("\n".join([str(error), *getattr(error, "__notes__", ())]), error)

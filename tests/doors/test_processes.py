@@ -186,7 +186,7 @@ def test_an_answer_that_cannot_be_written_is_an_error(start, tiny_folder, tmp_pa
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
         )
         code, _, err = process.end()
-    assert (code, err) == (1, "Error: [Errno 27] File too large\n")
+    assert (code, err) == (1, "Error: can't write to standard output: File too large\n")
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
