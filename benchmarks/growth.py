@@ -120,7 +120,9 @@ def plot(record: dict, path: str) -> None:
         ends = np.array([0, row["values"][-1]])
         axes.plot(ends, fit["ms at 0"] + ends * fit["us for each"] / 1e3, color="0.75")
         axes.plot(row["values"], row["step ms"], "o", color="#1f5fa8")
-        axes.set(xlabel=f"{name} ({row['unit']})", ylabel="ms of a step", ylim=(0, None))
+        axes.set(xlabel=f"{name} ({row['unit']})", ylabel="ms of a step")
+        axes.set_ylim(0, 1.1 * max(row["step ms"]))
+        axes.locator_params(axis="x", nbins=4)
     figure.savefig(path, dpi=120)
 
 
