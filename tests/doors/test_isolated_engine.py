@@ -259,7 +259,7 @@ def test_a_model_that_cannot_be_loaded_says_why_and_is_not_tried_again(
 def test_signals_to_all_of_an_apps_processes_end_none_that_has_hardly_begun(load):
     told = []
     engine = load("/no/such/folder", on_status=told.append)
-    for number in child.IGNORED:
+    for number in messages.IGNORED:
         os.kill(pid_of(engine), number)
     with pytest.raises(ModelNotFound):
         engine.wait(SECONDS)
@@ -308,7 +308,7 @@ def test_an_app_that_is_one_program_serves_engines_by_itself(
     executable(str(app))
     monkeypatch.setattr(sys, "executable", str(app))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert child.command() == [str(app), "--mlxpage-engine"]
+    assert engine_process.command() == [str(app), "--mlxpage-engine"]
     with pytest.raises(ModelNotFound):
         load("/no/such/folder").wait(SECONDS)
     ended = subprocess.run([app], capture_output=True, text=True, timeout=SECONDS)
@@ -446,12 +446,14 @@ def test_the_process_ends_with_an_app_that_is_killed(tmp_path, tiny_folder):
 
 def test_ctrl_c_in_a_terminal_is_for_the_app_alone(tmp_path, tiny_folder):
     code = """
+    import threading
+    last = [engine.submit("abc", long, priority=1) for _ in range(60)][-1]  # of some seconds
+    threading.Timer(0.5, print, ["waits"], {"flush": True}).start()  # while the main thread does
     try:
-        print("waits", flush=True)
-        stream.result()
+        last.result()
         time.sleep(60)
     except KeyboardInterrupt:
-        print(stream.result().finish_reason)
+        print(last.result().finish_reason)
     again = engine.submit("abc", SamplingParams(max_tokens=4, ignore_eos=True)).result()
     print(len(again.token_ids), process == engine._thread._keeper._child._process.pid)
     print({name.partition(".")[0] for name in sys.modules} & {"mlx", "mlx_lm", "transformers"})
@@ -461,7 +463,7 @@ def test_ctrl_c_in_a_terminal_is_for_the_app_alone(tmp_path, tiny_folder):
         # Once: the script isn't run again in the engine's process.
         assert running.stdout.readline() == "begins\n"
         assert running.stdout.readline() == "waits\n"
-        for number in child.IGNORED - {signal.SIGINT}:
+        for number in messages.IGNORED - {signal.SIGINT}:
             for process in psutil.Process(running.pid).children():
                 process.send_signal(number)
         os.killpg(running.pid, signal.SIGINT)
