@@ -25,10 +25,11 @@ from mlxpage.arguments import (
     params_list,
     type_name,
 )
-from mlxpage.door import Door, Home, Messages, find_files, start_thread, token_ids
+from mlxpage.door import Door, Messages, find_files, start_thread, token_ids
 from mlxpage.errors import EngineError, InvalidRequest, QueueFull, TimedOut
 from mlxpage.events import Error, Event, Queued
 from mlxpage.handle import Handle, Mailbox
+from mlxpage.home import Home
 from mlxpage.llm import LLM
 from mlxpage.sampling_params import SamplingParams
 

@@ -21,7 +21,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from operator import attrgetter, methodcaller
 from typing import Any
@@ -32,43 +31,22 @@ from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.events import Error, Event, Queued
 from mlxpage.handle import why_not_queued
 
-IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-"""Ctrl-C and the end of a terminal or a service come to all its processes. When the engine ends is
-for the app to say; and it ends with the app, however that does."""
-
-_FLAG = "--mlxpage-engine"
-_CODE = "import sys; sys.path[:] = sys.argv[1:]; from mlxpage.child import main; main()"
 _BETWEEN_STEPS = {"trim", "set_memory"}
-
-
-def command() -> list[str]:
-    """What starts a process for an engine: Python, or an app that is frozen into a program and
-    calls `freeze_support`. Nothing of the app's own code runs in it."""
-    executable = spawn.get_executable()  # `multiprocessing.set_executable` may have changed it
-    if not executable:
-        raise EngineError(
-            "Python doesn't know its own executable, to run an engine in another process. Tell it "
-            "by multiprocessing.set_executable, or load the model without isolate."
-        )
-    executable = os.fsdecode(executable)
-    if getattr(sys, "frozen", False) and executable == sys.executable:
-        return [executable, _FLAG]
-    return [executable, "-c", _CODE, *map(str, sys.path)]
 
 
 def freeze_support() -> None:
     """For an app that is frozen into a program of its own, as by PyInstaller: to be called at the
     beginning of its main module. Where the program was started to be the process of an engine, this
     serves the engine and doesn't return; everywhere else it does nothing."""
-    if sys.argv[1:2] == [_FLAG]:
+    if sys.argv[1:2] == [messages.FLAG]:
         main()
 
 
 def main() -> None:
     """Serves until the app's process says so or ends. The pipe to it is the standard input."""
-    for number in IGNORED:
+    for number in messages.IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)  # blocked by who has started this
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, messages.IGNORED)  # blocked by who has started this
     if sys.stderr is not None:
         faulthandler.enable()  # says where Python was when a driver ended it
     connection = Connection(os.dup(0))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxpage.arguments import Prompt, check_bool, is_integer, type_name
 from mlxpage.errors import EngineError, InvalidRequest
+from mlxpage.home import EngineControl, EngineView, Home
 
 if TYPE_CHECKING:
     from mlxpage.engine import Engine
-    from mlxpage.engine_process import FarEngine
-    from mlxpage.engine_thread import EngineThread, Pulse
+    from mlxpage.engine_thread import EngineThread
     from mlxpage.metal.plan import Plan
     from mlxpage.text import Tokenizer
 
@@ -61,33 +60,6 @@ def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return [int(token) if is_integer(token) else token for token in prompt]
 
 
-class Home(Protocol):
-    """Where an engine runs: an `EngineThread`, or an `EngineProcess`.
-
-    Whoever it serves talks to the engine by functions given to `call`, which get something to
-    `add` and `abort` requests with, to `trim` and to `set_memory`. `engine` is for questions that
-    wait for no step: `stats`, `plan`, `context_length` and `tokenizer`.
-    """
-
-    ready: Future
-    """The engine, or why there is none."""
-    pulse: Pulse
-
-    @property
-    def engine(self) -> Engine | FarEngine: ...
-
-    @property
-    def is_running(self) -> bool: ...
-
-    def call(self, function: Callable[[Any], T]) -> Future[T]: ...
-
-    def refusal(self) -> EngineError: ...
-
-    def restart(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Door:
     """What serves a model, and what doesn't depend on how one asks it.
 
@@ -98,10 +70,10 @@ class Door:
     _thread: Home
 
     @property
-    def _engine(self) -> Engine | FarEngine:
+    def _engine(self) -> EngineView:
         return self._thread.engine
 
-    def _call(self, function: Callable[[Any], T]) -> T:
+    def _call(self, function: Callable[[EngineControl], T]) -> T:
         return self._thread.call(function).result()
 
     def _check_open(self) -> None:

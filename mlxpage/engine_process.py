@@ -8,6 +8,7 @@ import pickle
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -18,10 +19,10 @@ from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import Pipe
+from multiprocessing import Pipe, spawn
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlxpage import child, messages
+from mlxpage import messages
 from mlxpage.arguments import Prompt
 from mlxpage.door import Messages
 from mlxpage.engine_thread import Pulse, closed, refuse_calls
@@ -40,8 +41,24 @@ MOST_DEATHS, WITHIN_SECONDS = 3, 300.0
 EXIT_SECONDS = 5.0  # for a process that has closed its end of the pipe
 STATS_SECONDS = 1.0  # for an answer that a process gives at once, unless it hangs
 
+_CODE = "import sys; sys.path[:] = sys.argv[1:]; from mlxpage.child import main; main()"
 ENDS = (Done, Error)
 _numbers = itertools.count()
+
+
+def command() -> list[str]:
+    """What starts a process for an engine: Python, or an app that is frozen into a program and
+    calls `freeze_support`. Nothing of the app's own code runs in it."""
+    executable = spawn.get_executable()  # `multiprocessing.set_executable` may have changed it
+    if not executable:
+        raise EngineError(
+            "Python doesn't know its own executable, to run an engine in another process. Tell it "
+            "by multiprocessing.set_executable, or load the model without isolate."
+        )
+    executable = os.fsdecode(executable)
+    if getattr(sys, "frozen", False) and executable == sys.executable:
+        return [executable, messages.FLAG]
+    return [executable, "-c", _CODE, *map(str, sys.path)]
 
 
 class EngineProcess:
@@ -154,7 +171,7 @@ class Keeper:
 
     def _run(self) -> None:
         # A new process begins with them blocked, until it has a mind to ignore them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, child.IGNORED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, messages.IGNORED)
         try:
             goes_on = self._start()
             while goes_on and (item := self._inbox.get()) is not None:
@@ -286,7 +303,7 @@ class Child:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    child.command(), stdin=theirs.fileno(), stdout=subprocess.DEVNULL, cwd=folder
+                    command(), stdin=theirs.fileno(), stdout=subprocess.DEVNULL, cwd=folder
                 )
         except BaseException:
             self._connection.close()

@@ -17,10 +17,7 @@ from mlxpage.events import Done, Error, Event, Prefill, Tokens
 from mlxpage.outputs import FinishReason, RequestOutput, StreamEvent, Timings, TokenLogprobs
 
 if TYPE_CHECKING:
-    from mlxpage.door import Home
-    from mlxpage.engine import Engine
-    from mlxpage.engine_process import Child, FarRequest
-    from mlxpage.request import Request
+    from mlxpage.home import EngineControl, Home
 
 Wake = Callable[[], None]
 _END = object()
@@ -160,7 +157,7 @@ class Mailbox:
     def __init__(
         self,
         thread: Home,
-        make_request: Callable[[Any, Mailbox], Request | FarRequest],
+        make_request: Callable[[Any, Mailbox], Any],
         *,
         on_end: Callable[[Mailbox], None],
         deadline: float | None,
@@ -183,7 +180,7 @@ class Mailbox:
         self._on_event: Callable[[Event], None] | None = None
         self._dispatch: Callable[[Wake], Any] | None = None
         self._has_ended = False
-        self._request: Request | FarRequest | None = None
+        self._request: Any = None
         self._has_begun = self._is_given_up = False
 
     # -- on the engine's thread, or that which talks with its process --
@@ -192,7 +189,7 @@ class Mailbox:
         """Makes the request; on any thread, as that is. Raises InvalidRequest."""
         self._request = self._make_request(engine, self)
 
-    def begin(self, engine: Engine | Child) -> None:
+    def begin(self, engine: EngineControl) -> None:
         with self._lock:
             if self._is_given_up:
                 return
@@ -201,7 +198,7 @@ class Mailbox:
             self.prepare(engine)
         engine.add(self._request)
 
-    def abort(self, engine: Engine | Child, error: MlxpageError | None = None) -> None:
+    def abort(self, engine: EngineControl, error: MlxpageError | None = None) -> None:
         if (request := self._request) is not None:
             engine.abort(request.id, error)
 

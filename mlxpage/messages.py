@@ -7,6 +7,7 @@ the same time.
 from __future__ import annotations
 
 import pickle
+import signal
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,11 @@ from typing import Any
 from mlxpage.errors import EngineError
 from mlxpage.events import Event
 
+IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""Ctrl-C and the end of a terminal or a service come to all its processes. When the engine ends is
+for the app to say; and it ends with the app, however that does."""
+FLAG = "--mlxpage-engine"
+"""What a frozen app is started with, to be the process of an engine."""
 PEER_SECONDS = 1.0
 """How often who waits for a message looks whether the other process still lives. The end of the
 pipe tells at once, unless a process that the app has forked keeps it open."""

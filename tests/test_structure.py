@@ -39,8 +39,9 @@ MODULES = {
         "monitor",
         "beams",
     },
-    "doors": {"arguments", "door", "llm", "handle", "async_engine", "describe", "fitting", "cli"}
-    | {"acceptance", "doctor", "messages", "engine_process", "child", "_pyinstaller", "bench"}
+    "doors": {"arguments", "home", "door", "llm", "handle", "async_engine", "describe", "fitting"}
+    | {"messages", "engine_process", "child", "acceptance", "doctor", "bench", "cli"}
+    | {"_pyinstaller"}
     | {"__main__", "__init__"},
 }
 STANDS_ON = {
@@ -58,6 +59,7 @@ NEVER_MLX = MODULES["common"] | MODULES["paper"]
 # What runs before a model is loaded: `import mlxpage` and `mlxpage --help` stay quick.
 LIGHT = NEVER_MLX | {
     "arguments",
+    "home",
     "door",
     "llm",
     "handle",
