@@ -466,7 +466,7 @@ def test_so_do_all_commands_that_have_it():
     having = {
         name
         for name, command in commands().items()
-        if any("--json" in parameter.opts for parameter in command.params)
+        if any("--json" in parameter.opts and parameter.is_flag for parameter in command.params)
     }
     assert having == set(JSON)
 

@@ -268,8 +268,11 @@ def test_signals_to_all_of_an_apps_processes_end_none_that_has_hardly_begun(load
 
 def test_an_app_is_told_how_far_it_is_and_of_steps_that_stall(engine, app):
     assert app.loaded[-1][0] == app.loaded[-1][1] == engine.plan.weights
-    engine.submit("abc", LONG).result(SECONDS)
+    # Looked for now and then, so that short steps are seen by chance: there have to be many.
+    handles = [engine.submit("abc", LONG) for _ in range(200)]
     wait_until(lambda: app.stalled)
+    for handle in handles:
+        handle.cancel()
 
 
 def test_an_error_of_on_loaded_ends_the_loading(load, tiny_folder):
