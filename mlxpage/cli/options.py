@@ -81,14 +81,14 @@ dtype = setting("--dtype", help="float32, float16 or bfloat16.")
 kv_bits = setting("--kv-bits", type=_KVBits(), help="Bits of K and V, 8 or 4; for each: 8,4.")
 
 _pool = (
-    setting("--adapter-path", help="Folder of an adapter that mlx-lm has trained."),
+    setting("--adapter-path", is_place=True, help="Folder of an adapter that mlx-lm has trained."),
     memory,
     setting("--num-blocks", type=int, help="Size of the pool in blocks, instead of a budget."),
     block_size,
     kv_bits,
 )
 _disk = (
-    setting("--cache-dir", help="Folder for blocks that outlive the process."),
+    setting("--cache-dir", is_place=True, help="Folder for blocks that outlive the process."),
     setting("--cache-disk", help="What it may take, 20GB; alone: a folder in the cache."),
 )
 _backend = (

@@ -37,8 +37,11 @@ class Setting(click.Option):
     """An option that says how a model is served or answers. Others concern one call alone, and are
     plain options: what is removed or overwritten is never set from elsewhere."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, is_place: bool = False, **options):
+        """`is_place`: it says what is loaded, or where to write. The file of a project may be that
+        of a stranger, who doesn't decide on those."""
         super().__init__(*args, **options)
+        self.is_place = is_place
         self.envvar = f"MLXPAGE_{self.name.upper()}"
 
     @property
@@ -204,6 +207,11 @@ def _check(file: Path, table: Table, command: click.Command, name: str) -> None:
         elif key not in keys:
             spelled = {name.lstrip("-"): k for k, each in keys.items() for name in each.opts}
             raise InvalidRequest(f"{where}: there is no setting {_unknown(key, spelled)}")
+        elif keys[key].is_place and file == files()["project"]:
+            raise InvalidRequest(
+                f"{where}: {key} isn't taken from a project's file, which may be a stranger's. "
+                f"Set it in {user_file()} or by {keys[key].envvar}, or give --{key}."
+            )
 
 
 def _unknown(key: str, known: dict[str, str]) -> str:

@@ -177,6 +177,22 @@ def test_what_is_wrong_in_a_file_is_told_with_the_way_out(
     assert "Traceback" not in ran.err and len(ran.error) <= 2
 
 
+@pytest.mark.parametrize("key", ["cache-dir", "adapter-path"])
+@pytest.mark.parametrize("table", ["", "[generate]\n"])
+def test_a_project_does_not_say_what_is_loaded_or_where_to_write(
+    cli, tiny_folder, project, user, tmp_path, key, table
+):
+    project.write_text(f"{table}{key} = '{tmp_path / 'theirs'}'\n")
+    ran = cli("generate", tiny_folder, "hello")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"{key} isn't taken from a project's file" in ran.err and str(user) in ran.err
+    assert not (tmp_path / "theirs").exists()
+    project.unlink()
+    user.write_text("cache-dir = '{}'\n".format(tmp_path / "mine"))
+    assert cli("generate", tiny_folder, "hello", "-n", "1").code == 0
+    assert (tmp_path / "mine").exists()
+
+
 def test_what_is_wrong_in_a_variable_names_it(cli, tiny_folder, monkeypatch):
     def error(name, value):
         monkeypatch.setenv(name, value)
