@@ -111,7 +111,8 @@ class AsyncEngine(Door):
         told = {name: given.pop(name) for name in ("on_status", "on_loaded")}
         checked = loading_options(**given)
         if isolate:
-            from mlxpage.engine_process import EngineProcess, far_request
+            from mlxpage.engine_process import EngineProcess
+            from mlxpage.far_engine import far_request
 
             home: Home = EngineProcess({**given, "stall_after": stall_after}, **told)
             make_request = far_request
@@ -135,7 +136,7 @@ class AsyncEngine(Door):
     @property
     def state(self) -> str:
         """ "loading", also when a process has died and the next one loads; "ready", "failed" if the
-        model could not be loaded, or "closed"."""
+        model could not be loaded or the engine was closed before, or "closed"."""
         ready = self._thread.ready
         if ready.done() and ready.exception() is not None:
             return "failed"

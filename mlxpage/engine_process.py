@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -15,35 +13,28 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pipe, spawn
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxpage import messages
-from mlxpage.arguments import Prompt
-from mlxpage.door import Messages
 from mlxpage.engine_thread import Pulse, closed, refuse_calls
-from mlxpage.errors import EngineError, InvalidRequest, MlxpageError
+from mlxpage.errors import EngineError, MlxpageError
 from mlxpage.events import Done, Error, Event
-from mlxpage.sampling_params import SamplingParams
+from mlxpage.far_engine import FarEngine, FarRequest, numbers
 
 if TYPE_CHECKING:
-    from mlxpage.handle import Mailbox
-    from mlxpage.metal.plan import Plan
+    pass
 
 T = TypeVar("T")
 
 MOST_DEATHS, WITHIN_SECONDS = 3, 300.0
 """So many in that time, and the process isn't started again."""
 EXIT_SECONDS = 5.0  # for a process that has closed its end of the pipe
-STATS_SECONDS = 1.0  # for an answer that a process gives at once, unless it hangs
 
 _CODE = "import sys; sys.path[:] = sys.argv[1:]; from mlxpage.child import main; main()"
 ENDS = (Done, Error)
-_numbers = itertools.count()
 
 
 def command() -> list[str]:
@@ -153,6 +144,9 @@ class Keeper:
             refuse_calls(self._inbox, self.ready)
         return future
 
+    def _ask(self, method: str, **arguments) -> Future:
+        return self.call(lambda running: running.ask(method, **arguments))
+
     def restart(self) -> None:
         if (running := self._child) is not None:
             running.kill(is_death=False)
@@ -189,7 +183,7 @@ class Keeper:
     def _start(self) -> bool:
         try:
             self._child = Child(self, self._folder, dict(self._options))
-        except (OSError, EngineError) as error:
+        except (OSError, RuntimeError, EngineError) as error:
             failure = EngineError(f"no process for the engine can be started: {error}")
             failure.__cause__ = error
             self.ready.set_exception(failure)
@@ -209,7 +203,7 @@ class Keeper:
         return True
 
     def _after_loading(self, loaded: Child) -> bool:
-        self.ready.set_result(FarEngine(self, loaded))
+        self.ready.set_result(FarEngine(self._ask, loaded.facts))
         while self._early:
             _answer(loaded, *self._early.popleft())
         return True
@@ -287,7 +281,7 @@ class Child:
     heard on one of its own."""
 
     def __init__(self, keeper: Keeper, folder: str, options: dict[str, Any]):
-        """Raises OSError or EngineError if it can't be started."""
+        """Raises OSError, RuntimeError or EngineError if it can't be started."""
         self._keeper = keeper
         self._requests: dict[int, FarRequest] = {}
         self._questions: dict[int, Future] = {}
@@ -300,16 +294,16 @@ class Child:
         self.end = ""
         """In words, once it has come."""
         self._connection, theirs = Pipe()
+        self.reader = threading.Thread(target=self._hear, name="mlxpage-reader", daemon=True)
         try:
             with theirs:
                 self._process = subprocess.Popen(
                     command(), stdin=theirs.fileno(), stdout=subprocess.DEVNULL, cwd=folder
                 )
+            self.reader.start()
         except BaseException:
-            self._connection.close()
+            self._connection.close()  # which ends the process, if there is one
             raise
-        self.reader = threading.Thread(target=self._hear, name="mlxpage-reader", daemon=True)
-        self.reader.start()
         self.send(messages.Load(options))
 
     def send(self, message: Any) -> None:
@@ -343,7 +337,7 @@ class Child:
 
     def ask(self, method: str, **arguments) -> Future:
         question = _promise()
-        number = next(_numbers)
+        number = next(numbers)
         self._questions[number] = question
         self.send(messages.Ask(number, method, arguments))
         return question
@@ -411,82 +405,6 @@ class Child:
     def _end_loading(self, failure: Exception) -> None:
         self.failure = self.failure or failure
         self._process.kill()
-
-
-class FarEngine:
-    """What may be asked of an engine in another process, from any thread. All answers are waited
-    for: some milliseconds, and for as long as the process takes if it hangs."""
-
-    def __init__(self, keeper: Keeper, told: Child):
-        self._keeper = keeper
-        self.tokenizer = FarTokenizer(self._ask, told.facts)
-
-    def _ask(self, method: str, **arguments) -> Future:
-        return self._keeper.call(lambda running: running.ask(method, **arguments))
-
-    @property
-    def plan(self) -> Plan:
-        return self._ask("plan").result()
-
-    @property
-    def context_length(self) -> int:
-        return self._ask("context_length").result()
-
-    def stats(self) -> dict[str, Any]:
-        """Raises EngineError if the process hangs so badly that it can't answer."""
-        try:
-            stats = self._ask("stats").result(STATS_SECONDS)
-        except NoAnswer:
-            raise EngineError("the engine's process doesn't answer") from None
-        # Requests are counted here, where they may have ended and nobody has told the process.
-        return {name: stats[name] for name in stats if name not in ("state", "open", "queued")}
-
-
-class FarTokenizer:
-    """The tokenizer of a model in another process, safe to use from any thread."""
-
-    def __init__(self, ask: Callable[..., Future], facts: messages.Loaded):
-        self._ask = ask
-        self.eos_token_ids = facts.eos_token_ids
-        self.has_chat_template = facts.has_chat_template
-
-    def encode(self, text: str) -> list[int]:
-        """With the special tokens that the model expects around a prompt, unless it has them."""
-        return self._ask("tokenizer.encode", text=text).result()
-
-    def decode(self, token_ids: list[int]) -> str:
-        return self._ask("tokenizer.decode", token_ids=token_ids).result()
-
-    def apply_chat_template(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn."""
-        return self._ask("tokenizer.apply_chat_template", messages=messages).result()
-
-
-@dataclass(slots=True, eq=False)
-class FarRequest:
-    """A request for an engine in another process, which is the first to look at it."""
-
-    id: int
-    order: bytes
-    """As in `messages.Begin`."""
-    put: Callable[[Event], None]
-    reason: MlxpageError | None = None
-    """The error that it was cancelled with."""
-    prompt_token_ids: tuple[()] = ()
-    """Not known here."""
-
-
-def far_request(
-    prompt: Prompt | Messages, params: SamplingParams, priority: int, engine: Any, mailbox: Mailbox
-) -> FarRequest:
-    try:
-        order = pickle.dumps((prompt, params, priority))
-    except Exception as error:
-        raise InvalidRequest(
-            f"the request can't be sent to the engine's process: {type(error).__name__}: {error}. "
-            "Give it plain texts, lists and dicts."
-        ) from error
-    return FarRequest(next(_numbers), order, mailbox.put)
 
 
 def _promise() -> Future:

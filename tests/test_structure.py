@@ -40,7 +40,7 @@ MODULES = {
         "beams",
     },
     "doors": {"arguments", "home", "door", "llm", "handle", "async_engine", "describe", "fitting"}
-    | {"messages", "engine_process", "child", "acceptance", "doctor", "bench", "cli"}
+    | {"messages", "far_engine", "engine_process", "child", "acceptance", "doctor", "bench", "cli"}
     | {"_pyinstaller"}
     | {"__main__", "__init__"},
 }
@@ -65,6 +65,7 @@ LIGHT = NEVER_MLX | {
     "handle",
     "async_engine",
     "messages",
+    "far_engine",
     "engine_process",
     "child",
     "engine_thread",

@@ -33,6 +33,7 @@ from mlxpage import (
     SamplingParams,
     child,
     engine_process,
+    far_engine,
     messages,
 )
 from mlxpage.door import Door
@@ -362,7 +363,7 @@ def test_a_process_that_hangs_and_reads_nothing_can_be_closed(load, tiny_folder,
     process = psutil.Process(pid_of(engine))
     process.suspend()
     handles = [engine.submit("x" * 10**6) for _ in range(3)]  # more than fits into a pipe
-    monkeypatch.setattr(engine_process, "STATS_SECONDS", 0.1)
+    monkeypatch.setattr(far_engine, "STATS_SECONDS", 0.1)
     assert engine.stats() == {"state": "ready", "open": 3, "queued": 3, "step_s": None}
     engine.close()
     assert not process.is_running()

@@ -338,9 +338,9 @@ def test_a_long_prompt_has_a_bar_that_is_gone_with_the_first_token(on_terminal, 
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
 def test_the_screen_of_a_talk_is_in_order(tiny_folder, tmp_path):
     """In a real terminal: what is redrawn leaves nothing behind."""
+    assert shutil.which("tmux"), "install tmux, which this looks at: by apt or Homebrew"
     socket = f"mlxpage-test-{os.getpid()}"
 
     def tmux(*arguments) -> str:
