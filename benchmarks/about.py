@@ -3,7 +3,8 @@
 import shlex
 import sys
 
-from mlxpage.bench.machine import machine, versions
+from mlxpage.bench.machine import machine
+from mlxpage.probes import versions
 
 
 def command(script: str) -> str:

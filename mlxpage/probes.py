@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import time
 from pathlib import Path
+
+from mlxpage import __version__
 
 CHIP = ("sysctl", "-n", "machdep.cpu.brand_string")
 TRANSLATED = ("sysctl", "-n", "sysctl.proc_translated")
@@ -17,6 +20,18 @@ POWER_SETTINGS = ("pmset", "-g")
 
 _SECONDS = 5  # for a command: these answer at once
 _DAY = 86_400
+
+
+def versions() -> dict[str, str]:
+    """Of this package, what it stands on, and Python."""
+    from importlib.metadata import version  # takes as long as all of this module
+
+    return {
+        "mlxpage": __version__,
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "python": platform.python_version(),
+    }
 
 
 def ask(command: tuple[str, ...]) -> str | None:

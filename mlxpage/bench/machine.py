@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-import mlxpage
 from mlxpage import probes
 from mlxpage.metal.backend import BLAS, device
 
@@ -26,15 +24,6 @@ def machine() -> dict[str, Any]:
         "power": power(),
         "device": f"{device().kind} ({device().name})",
         "blas": BLAS and os.path.basename(str(BLAS)),
-    }
-
-
-def versions() -> dict[str, str]:
-    return {
-        "mlxpage": mlxpage.__version__,
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-        "python": platform.python_version(),
     }
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mlxpage import probes
 from mlxpage.bench import machine
 from mlxpage.bench.kinds import KINDS
 from mlxpage.bench.runs import Arm, drift
@@ -31,7 +32,7 @@ def make(
         "model": model,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.machine(),
-        "versions": machine.versions(),
+        "versions": probes.versions(),
         "settings": settings,
         **facts,
         "rows": [arm.row() for arm in arms],

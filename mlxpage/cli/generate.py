@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 import mlxpage
+from mlxpage import probes
 from mlxpage.cli import options
 from mlxpage.cli.loading import loaded
-from mlxpage.cli.output import answer, say, versions
+from mlxpage.cli.output import answer, say
 from mlxpage.cli.progress import PrefillBar
 from mlxpage.cli.settings import setting
 from mlxpage.errors import InvalidRequest
@@ -73,7 +74,7 @@ def command(
         started = time.perf_counter()
         events = _submit(engine, ids, params)
         if as_events:
-            _print_line("begin", **about, versions=versions())
+            _print_line("begin", **about, versions=probes.versions())
         show = _print_event if as_events else _nothing if as_json else _InOrder(prompts).show
         bar = PrefillBar(sum(map(len, ids)), quiet=quiet or as_events)
         outputs = _answer(events, len(ids), show, bar)
@@ -86,7 +87,7 @@ def command(
                 for prompt, output in zip(prompts, outputs, strict=True)
             ]
             record = {"schema": "mlxpage.generate/1", **about, "outputs": records, **whole}
-            click.echo(json.dumps(record | {"versions": versions()}))
+            click.echo(json.dumps(record | {"versions": probes.versions()}))
         if as_events:
             _print_line("end", **whole)
         if not quiet if stats is None else stats:

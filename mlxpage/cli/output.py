@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-import mlxpage
-
 if TYPE_CHECKING:
     from mlxpage.outputs import RequestOutput
 
@@ -80,12 +78,6 @@ def table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"mlxpage": mlxpage.__version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
 
 
 def timings(output: RequestOutput) -> dict[str, float | None]:
