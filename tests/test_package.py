@@ -63,7 +63,8 @@ def test_wheel_holds_the_licence_and_the_command(wheel):
 
 def test_wheel_from_the_sdist_is_the_same(wheel, sdist, tmp_path):
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "source", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+        archive.extractall(tmp_path / "source")
     (source,) = (tmp_path / "source").iterdir()
     assert names(build("wheel", source, tmp_path / "wheel")) == names(wheel)
 

@@ -18,15 +18,23 @@ import signal
 import sys
 import threading
 import time
-import tkinter as tk
 from collections.abc import Callable
 from functools import partial
-from tkinter import font, ttk
 from typing import Protocol
 
 from mlxpage import AsyncEngine, Handle, MlxpageError, SamplingParams
 from mlxpage.events import Done, Error, Event, Preempted, Prefill, Queued, Tokens
 
+try:
+    import tkinter as tk
+    from tkinter import font, ttk
+except ImportError:  # of Python's library, but Debian and Homebrew keep it in a package of its own
+    tk = None
+
+NO_TKINTER = (
+    "this Python has no tkinter. "
+    "Debian: apt-get install python3-tk; Homebrew: brew install python-tk"
+)
 POLL_MS = 15  # how often the window looks for calls: about each frame
 
 
@@ -410,6 +418,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--memory", help='budget, as in "4GB"')
     parser.add_argument("--max-tokens", type=int, default=1024, help="of an answer")
     given = parser.parse_args(arguments)
+    if tk is None:
+        print(f"no window can be opened: {NO_TKINTER}", file=sys.stderr)
+        return 1
     try:
         app = App(given.model, SamplingParams(max_tokens=given.max_tokens), memory=given.memory)
     except tk.TclError as error:  # no display

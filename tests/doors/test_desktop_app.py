@@ -324,3 +324,14 @@ def test_without_a_display_the_app_says_so(python):
     ran = python(code, cwd=HERE, env=env)
     assert ran.returncode == 1
     assert ran.stderr.startswith("no window can be opened: ")
+
+
+def test_without_tkinter_the_app_says_where_to_get_it(python):
+    code = (
+        "import sys; sys.modules['tkinter'] = None; from window_driver import load_example; "
+        "sys.exit(load_example().main([]))"
+    )
+    ran = python(code, cwd=HERE)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("no window can be opened: this Python has no tkinter. Debian: ")
+    assert ran.stderr.count("\n") == 1
