@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import sys
@@ -25,6 +24,7 @@ from mlxpage.arguments import (
     params_list,
     type_name,
 )
+from mlxpage.awaiting import in_thread, outcome
 from mlxpage.door import Door, Messages, find_files, start_thread, token_ids
 from mlxpage.errors import EngineError, InvalidRequest, QueueFull, TimedOut
 from mlxpage.events import Error, Event, Queued
@@ -154,7 +154,7 @@ class AsyncEngine(Door):
         return self._wait().__await__()
 
     async def _wait(self) -> AsyncEngine:
-        await asyncio.wrap_future(self._thread.ready)
+        await outcome(self._thread.ready)
         return self
 
     def restart(self) -> None:
@@ -180,7 +180,7 @@ class AsyncEngine(Door):
 
     async def aclose(self) -> None:
         """`close`, while the event loop goes on."""
-        await asyncio.to_thread(self.close)
+        await in_thread(self.close)
 
     def __enter__(self) -> AsyncEngine:
         """Waits until the model is loaded."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mlxpage.awaiting import Signal, outcome
 from mlxpage.errors import EngineError, MlxpageError
 from mlxpage.events import Done, Error, Event, Prefill, Tokens
 from mlxpage.outputs import FinishReason, RequestOutput, StreamEvent, Timings, TokenLogprobs
@@ -27,8 +26,8 @@ _END = object()
 class Handle:
     """A request that was submitted. Listen to it in one of these ways, from any thread:
 
-        for event in handle: ...            # as it comes; `async for` in asyncio
-        output = handle.result()            # when it has ended; `await handle` in asyncio
+        for event in handle: ...            # as it comes; `async for` in asyncio or trio
+        output = handle.result()            # when it has ended; or `await handle`
         engine.submit(prompt, on_event=f)   # by a function, given when it is submitted
 
     Events are those of `mlxpage.events`. One that wasn't read yet takes up what comes after it, so
@@ -70,7 +69,7 @@ class Handle:
 
     async def _result(self) -> RequestOutput:
         with self._cancelling():
-            return await asyncio.wrap_future(self._mailbox.result)
+            return await outcome(self._mailbox.result)
 
     @contextmanager
     def _cancelling(self) -> Iterator[None]:
@@ -100,12 +99,11 @@ class Handle:
         return self
 
     async def __anext__(self) -> Event:
-        woken = asyncio.Event()
-        wake = partial(_call_soon, asyncio.get_running_loop(), woken.set)
-        while (event := self._mailbox.read(wake)) is None:
+        woken = Signal()
+        while (event := self._mailbox.read(woken.give)) is None:
             with self._cancelling():
                 await woken.wait()
-            woken.clear()
+            woken = Signal()
         if event is _END:
             raise StopAsyncIteration
         return _raise_error(event)
@@ -143,11 +141,6 @@ def _raise_error(event: Event) -> Event:
     if isinstance(event, Error):
         raise event.error
     return event
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Wake) -> None:
-    with suppress(RuntimeError):  # the loop is closed, and nobody waits in it
-        loop.call_soon_threadsafe(function)
 
 
 class Mailbox:
