@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlxpage.block_store import default_folder
 from mlxpage.errors import InvalidRequest
@@ -40,7 +40,7 @@ def check_options(
     trim_after: float | None = None,
     memory_pressure: bool = False,
     monitor: bool = False,
-    max_inter_token_ms: float | None = None,
+    max_inter_token_ms: float | Literal["auto"] | None = None,
 ) -> None:
     """Raises InvalidRequest for what no model can be loaded with."""
     if not isinstance(model, (str, os.PathLike)):
@@ -57,12 +57,12 @@ def check_options(
     check_bool("memory_pressure", memory_pressure)
     check_bool("monitor", monitor)
     check_seconds("trim_after", trim_after)
-    if max_inter_token_ms is not None and not (
+    if max_inter_token_ms not in (None, "auto") and not (
         type(max_inter_token_ms) in (int, float) and 0 < max_inter_token_ms < math.inf
     ):
         raise InvalidRequest(
             f"max_inter_token_ms is {max_inter_token_ms!r:.80}; it must be milliseconds above 0, "
-            "or None"
+            "'auto' or None"
         )
     _check_one_of("backend", backend, (None, "metal", "cuda", "reference"))
     check_integer("max_num_batched_tokens", max_num_batched_tokens, least=1)

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlxpage.arguments import (
     Prompt,
@@ -74,6 +74,7 @@ class AsyncEngine(Door):
         model: str | os.PathLike[str],
         *,
         isolate: bool = False,
+        max_inter_token_ms: float | Literal["auto"] | None = "auto",
         max_queued: int = 1024,
         stall_after: float | None = 30.0,
         on_stall: Callable[[float], None] | None = None,
@@ -90,6 +91,8 @@ class AsyncEngine(Door):
                 other: requests that were open end with EngineError, `on_status` tells of it, and
                 the model is loaded again, with the same options. After three such ends within five
                 minutes it isn't, and the state is "failed".
+            max_inter_token_ms: as for `LLM`, but "auto" unless given: what people read goes on
+                while others' prompts are computed. None computes prompts soonest.
             max_queued: requests that may wait to be begun; one more is refused with QueueFull.
             stall_after: seconds after which a step counts as stalled, None: never.
             on_stall: called once for such a step, on a thread of the engine, with the seconds so
@@ -105,6 +108,7 @@ class AsyncEngine(Door):
         check_integer("max_queued", max_queued, least=1)
         check_seconds("stall_after", stall_after)
         check_callable("on_stall", on_stall)
+        options["max_inter_token_ms"] = max_inter_token_ms
         arguments = inspect.signature(LLM).bind(model, **options)
         arguments.apply_defaults()
         given = arguments.arguments

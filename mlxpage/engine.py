@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mlxpage.batch import Batch, copies_of
 from mlxpage.block_pool import BlockPool
@@ -69,7 +69,7 @@ class Engine:
         backend: Backend = REFERENCE,
         prefix_cache: bool = True,
         tier: DiskTier | None = None,
-        max_inter_token_ms: float | None = None,
+        max_inter_token_ms: float | Literal["auto"] | None = None,
     ):
         """`tier` is the prefix cache's second one, which is closed with the engine."""
         self.model = model
@@ -96,7 +96,11 @@ class Engine:
         self.eos_token_ids = self._intake.eos_token_ids
         self._served = Served(self.scheduler, seed)
         self._tier = tier
-        self._pace = max_inter_token_ms and Pace(max_inter_token_ms / 1e3, max_num_batched_tokens)
+        self._pace: Pace | None = None
+        if max_inter_token_ms is not None:
+            seconds = None if max_inter_token_ms == "auto" else max_inter_token_ms / 1e3
+            self._pace = Pace(seconds, max_num_batched_tokens)
+            self.scheduler.chunk_beside = self._pace.chunk
         self._recorded = 0.0
         """`time.perf_counter` when the results of the last step were there."""
         self._in_flight: list[Started] = []
@@ -223,8 +227,6 @@ class Engine:
         self._served.tell_preemptions()
 
     def _plan(self) -> Schedule:
-        if self._pace:
-            self.scheduler.max_chunk = self._pace.chunk
         schedule = self.scheduler.schedule()
         self._peak_blocks = max(self._peak_blocks, self._largest_pool().num_used)
         self._peak_bytes = max(self._peak_bytes, self.pool.used_nbytes)

@@ -6,7 +6,7 @@ import os
 import queue
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import overload
+from typing import Literal, overload
 
 from mlxpage import beams
 from mlxpage.arguments import (
@@ -46,7 +46,8 @@ class LLM(Door):
         max_num_batched_tokens: tokens computed in a step; longer prompts come in chunks.
         max_inter_token_ms: milliseconds that generations under way should wait for their next
             tokens at most, while the prompts of others are computed: in smaller chunks, if need be.
-            A step without any may take longer by itself.
+            A step without any may take longer by itself. "auto": three times as long as those.
+            None: as long as a step of `max_num_batched_tokens` takes.
         kv_bits: 8 or 4 keeps K and V as codes of so many bits, in groups of 64 elements of a head
             (32, where 64 doesn't divide it) with a scale and a bias each: about half and 0.28
             times the bytes of 16 bits. A pair is for K and V apart, as in (8, 4) or (None, 8).
@@ -88,7 +89,7 @@ class LLM(Door):
         block_size: int = 16,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
-        max_inter_token_ms: float | None = None,
+        max_inter_token_ms: float | Literal["auto"] | None = None,
         kv_bits: KVBits = None,
         prefix_cache: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,

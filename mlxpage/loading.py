@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlxpage import disk_tier
 from mlxpage.block_store import BlockStore
@@ -32,7 +32,7 @@ def load_engine(
     dtype: str | None,
     kv_bits: tuple[int | None, int | None],
     seed: int | None,
-    max_inter_token_ms: float | None,
+    max_inter_token_ms: float | Literal["auto"] | None,
     defaults: dict[str, Any],
     backend: str | None,
     on_status: Callable[[str], None] | None,

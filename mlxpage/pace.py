@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 from mlxpage.scheduler import Schedule
 
-LEAST = 16  # tokens: prompts go on, however slow the machine is
+LEAST = 4  # tokens: prompts go on, however slow the machine is
 START = 64
+TIMES = 3
+"""As long as a step without a chunk, if nobody says how long."""
+_MARGIN = 0.85
+"""Of its time that a step should take: some take longer than those before them."""
+_KEPT = 9  # steps without a chunk: as many as hide a few that something else has slowed down
+_SIMILAR = 1.25  # numbers of sequences that take about as long
 
 
 class Pace:
@@ -16,19 +25,43 @@ class Pace:
     lengths of sequences.
     """
 
-    def __init__(self, seconds: float, most: int):
-        """`seconds` that a step may take, and tokens that it computes at `most`."""
+    def __init__(self, seconds: float | None, most: int):
+        """`seconds` that a step may take, None: `TIMES` as many as one without a chunk takes; and
+        tokens that it computes at `most`."""
         self._seconds = seconds
         self._most = most
-        self.chunk = min(START, most)
+        self._chunk = min(START, most)
+        self._alone: deque[float] = deque(maxlen=_KEPT)
+        """Seconds of the last steps without a chunk, beside about `_num_alone` sequences."""
+        self._num_alone = 0
+
+    def chunk(self, waiting: int) -> int:
+        """Tokens beside the next ones of so many sequences: none where it must first be seen how
+        long those take alone."""
+        return 0 if self._seconds is None and not self._knows(waiting) else self._chunk
 
     def note(self, schedule: Schedule, seconds: float) -> None:
-        """That a step took so long. What counts is one that had a chunk and somebody waiting."""
+        """That a step took so long. What counts is one that somebody waited for."""
         waiting = sum(part.samples and part.num_tokens == 1 for part in schedule.scheduled)
         chunk = schedule.num_scheduled_tokens - waiting
-        if not (waiting and chunk):
+        if not waiting:
             return
-        if seconds > self._seconds:
-            self.chunk = max(LEAST, min(self.chunk, int(chunk * self._seconds / seconds)))
-        elif chunk >= self.chunk and seconds * 1.25 <= self._seconds:
-            self.chunk = min(self._most, self.chunk + self.chunk // 4)
+        if chunk < LEAST:
+            self._note_alone(waiting, seconds)
+            return
+        given = TIMES * median(self._alone) if self._seconds is None else self._seconds
+        allowed = given * _MARGIN
+        if seconds > allowed:
+            self._chunk = max(LEAST, min(self._chunk, int(chunk * allowed / seconds)))
+        elif chunk >= self._chunk and seconds * 1.25 <= allowed:
+            self._chunk = min(self._most, self._chunk + self._chunk // 4)
+
+    def _note_alone(self, waiting: int, seconds: float) -> None:
+        if not self._knows(waiting):
+            self._alone.clear()
+            self._num_alone = waiting
+        self._alone.append(seconds)
+
+    def _knows(self, waiting: int) -> bool:
+        low, high = self._num_alone / _SIMILAR, self._num_alone * _SIMILAR
+        return bool(self._alone) and low <= waiting <= high

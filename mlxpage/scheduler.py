@@ -90,9 +90,9 @@ class Scheduler:
         self.blocks = BlockManager(groups, max_num_batched_tokens, prefix_cache, make_larger)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_chunk: int | None = None
-        """Tokens that a step computes at most beside the next ones of running sequences, which wait
-        for it; None: as many as there are left."""
+        self.chunk_beside: Callable[[int], int] | None = None
+        """Tokens that a step computes at most beside the next ones of so many running sequences,
+        which wait for it; None: as many as there are left."""
         self._shares_in_step = shares_in_step
         self.waiting: list[Sequence] = []
         """A heap, in the order of service."""
@@ -148,12 +148,12 @@ class Scheduler:
 
     def _budget(self) -> int:
         """Tokens of the next step, at least one for everybody who runs."""
-        if self.max_chunk is None:
+        if self.chunk_beside is None:
             return self.max_num_batched_tokens
         next_ones = sum(seq.num_tokens - seq.num_computed_tokens == 1 for seq in self.running)
         if not next_ones:
             return self.max_num_batched_tokens
-        budget = max(next_ones + self.max_chunk, len(self.running))
+        budget = max(next_ones + self.chunk_beside(next_ones), len(self.running))
         return min(budget, self.max_num_batched_tokens)
 
     def _continue_running(self, schedule: Schedule, budget: int) -> None:

@@ -39,8 +39,18 @@ MODULES = {
         "monitor",
         "beams",
     },
-    "doors": {"arguments", "home", "door", "llm", "handle", "async_engine", "describe", "fitting"}
-    | {"messages", "far_engine", "engine_process", "child", "acceptance", "doctor", "bench", "cli"}
+    "doors": {"arguments", "home", "door", "llm", "awaiting", "handle", "async_engine", "describe"}
+    | {
+        "fitting",
+        "messages",
+        "far_engine",
+        "engine_process",
+        "child",
+        "acceptance",
+        "doctor",
+        "bench",
+        "cli",
+    }
     | {"_pyinstaller"}
     | {"__main__", "__init__"},
 }
@@ -62,6 +72,7 @@ LIGHT = NEVER_MLX | {
     "home",
     "door",
     "llm",
+    "awaiting",
     "handle",
     "async_engine",
     "messages",

@@ -75,21 +75,23 @@ class Comparison:
     def ours(self) -> Arm:
         return self.arm("mlxpage", run_ours)
 
-    def mlx_lm(self, at_once: int) -> list[Arm]:
-        """Batches of up to so many sequences, and one sequence at a time."""
+    def batch_generator(self, at_once: int) -> Arm:
+        """mlx-lm's, with up to so many sequences in a batch."""
 
         def batched(engine: Engine, items: list[Item]) -> Ran:
             return run_batch_generator(engine, items, at_once, self.chunk)
 
-        def one_at_a_time(engine: Engine, items: list[Item]) -> Ran:
+        arm = self.arm("mlx-lm BatchGenerator", batched)
+        arm.facts["at_once"] = at_once
+        return arm
+
+    def one_at_a_time(self) -> Arm:
+        """mlx-lm's generation."""
+
+        def alone(engine: Engine, items: list[Item]) -> Ran:
             return run_one_at_a_time(engine, items, self.chunk)
 
-        arms = [
-            self.arm("mlx-lm BatchGenerator", batched),
-            self.arm("mlx-lm one at a time", one_at_a_time),
-        ]
-        arms[0].facts["at_once"] = at_once
-        return arms
+        return self.arm("mlx-lm one at a time", alone)
 
     def same_tokens(self, name: str) -> dict[str, Any]:
         """How many requests got the tokens that mlxpage gave them, and where the others part."""

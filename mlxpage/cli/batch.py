@@ -67,7 +67,7 @@ def command(
     if max_queued is not None and max_queued < 1:
         raise InvalidRequest(f"--max-queued is {max_queued}; it must be at least 1")
     window = 4 * max(1, max_num_seqs) if max_queued is None else max_queued
-    engine |= {"max_num_seqs": max_num_seqs, "max_queued": window}
+    engine |= {"max_num_seqs": max_num_seqs, "max_queued": window, "max_inter_token_ms": None}
     basis = json.dumps([model, params, system, raw, engine["adapter_path"]])
     with _input(source) as stream, _answers(source, target, resume) as answers:
         run = _Run(params, answers, window, ordered)

@@ -9,6 +9,7 @@ import click
 
 from mlxpage.cli.loading import load_async_engine
 from mlxpage.cli.measuring import (
+    Gap,
     Integers,
     Measurement,
     Rates,
@@ -140,7 +141,7 @@ def _batches(name: str, model: str, grid: list, figures: Callable, given: dict[s
 @workload(32)
 @click.option("--max-num-seqs", type=int, default=32, show_default=True, help="Sequences at once.")
 @steps
-@click.option("--rival", type=click.Choice(["mlx-lm"]), help="Measure that too.")
+@click.option("--rival", type=click.Choice(["mlx-lm", "batch-generator"]), help="Measure that too.")
 @click.option(
     "--kv-memory", help="The same for K/V of both: 500MB; else the same number of sequences."
 )
@@ -151,7 +152,8 @@ def throughput(model, max_num_seqs, rival, kv_memory, **given):
     """How much is done when all requests are there at once.
 
     With --rival mlx-lm, its BatchGenerator and its generation one at a time get the same requests,
-    on the same weights in this process, in turns; and their tokens are compared.
+    on the same weights in this process, in turns; and their tokens are compared. With --rival
+    batch-generator only that, as one at a time takes long.
     """
     from mlxpage.bench.offline import Comparison, at_once_within
     from mlxpage.bench.workloads import longest
@@ -167,7 +169,11 @@ def throughput(model, max_num_seqs, rival, kv_memory, **given):
     run.make_room(max_num_seqs, subject.room_for(max_num_seqs, longest(items)))
     with run.loaded() as llm:
         comparison = Comparison(llm, items, run.engine["max_num_batched_tokens"])
-        arms = [comparison.ours(), *(comparison.mlx_lm(at_once) if rival else ())]
+        arms = [comparison.ours()]
+        if rival:
+            arms.append(comparison.batch_generator(at_once))
+        if rival == "mlx-lm":
+            arms.append(comparison.one_at_a_time())
         run.measure(arms)
         for arm in arms[1:]:
             arm.facts |= comparison.same_tokens(arm.case["arm"])
@@ -198,8 +204,10 @@ def throughput(model, max_num_seqs, rival, kv_memory, **given):
 )
 @click.option(
     "--max-inter-token-ms",
-    type=float,
-    help="Smaller chunks, if tokens wait.",
+    type=Gap(),
+    default="auto",
+    show_default=True,
+    help="Smaller chunks, if tokens wait longer; or none.",
 )
 @steps
 @measured_engine_options

@@ -66,7 +66,8 @@ def command(
         raise InvalidRequest("a PROMPT is empty; write something, or give --raw to mean it")
     engine["max_num_seqs"] = min(32, len(prompts)) if max_num_seqs is None else max_num_seqs
     began = time.perf_counter()
-    with loaded(model, quiet, max_queued=len(prompts), **engine) as engine:
+    engine |= {"max_queued": len(prompts), "max_inter_token_ms": None}  # all of it soonest
+    with loaded(model, quiet, **engine) as engine:
         load_s = time.perf_counter() - began
         raw = raw or not engine.tokenizer.has_chat_template
         ids = [prompt_ids(engine, prompt, system, raw) for prompt in prompts]

@@ -60,6 +60,20 @@ class Rates(click.ParamType):
         return rates
 
 
+class Gap(click.ParamType):
+    name = "ms|auto|none"
+
+    def convert(self, value, param, ctx):
+        if value in ("auto", None):
+            return value
+        if str(value).lower() == "none":
+            return None
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} must be milliseconds, auto or none", param, ctx)
+
+
 def measuring(repeats: int, *names: str):
     """How often everything is done."""
     return options(

@@ -352,7 +352,12 @@ ARGUMENTS = [
     (["bench", "latency", "no/such", "-p", "0"], "", 2, "whole numbers from 1 on"),
     (["bench", "batched", M, "-npl", "x"], "", 2, "whole numbers from 1 on"),
     (["bench", "batched", M, "--nope"], "", 2, "No such option '--nope'"),
-    (["bench", "throughput", M, "--rival", "x"], "", 2, "'x' is not 'mlx-lm'"),
+    (
+        ["bench", "throughput", M, "--rival", "x"],
+        "",
+        2,
+        "'x' is not one of 'mlx-lm', 'batch-generator'",
+    ),
     (["bench", "throughput", M, "-r", "0"], "", 2, "x>=1"),
     (["bench", "serve-sim"], "", 2, "Missing argument 'MODEL'"),
     (["bench", "serve-sim", M, "--goodput", "x"], "", 2, "ttft"),

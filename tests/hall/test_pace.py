@@ -20,8 +20,9 @@ def settled(pace: Pace, per_token: float, base: float = 0.0, steps: int = 100) -
     """The seconds of the last steps, on a machine that takes so long."""
     seconds = []
     for _ in range(steps):
-        seconds.append(base + per_token * pace.chunk)
-        pace.note(mixed(pace.chunk), seconds[-1])
+        chunk = pace.chunk(2)
+        seconds.append(base + per_token * chunk)
+        pace.note(mixed(chunk), seconds[-1])
     return seconds[-20:]
 
 
@@ -34,36 +35,67 @@ def test_steps_come_to_take_about_as_long_as_they_may_and_no_longer(per_token):
 def test_a_slower_machine_is_followed_and_a_faster_one_again():
     pace = Pace(0.1, 2048)
     settled(pace, 1e-4)
-    fast = pace.chunk
+    fast = pace.chunk(2)
     settled(pace, 1e-3)
-    assert pace.chunk < fast / 5
+    assert pace.chunk(2) < fast / 5
     settled(pace, 1e-4)
-    assert pace.chunk > fast / 2
+    assert pace.chunk(2) > fast / 2
 
 
 def test_prompts_go_on_where_nothing_is_in_time():
     pace = Pace(0.001, 512)
     settled(pace, 1.0)
-    assert pace.chunk == LEAST
+    assert pace.chunk(2) == LEAST
 
 
 def test_the_budget_of_a_step_is_the_most():
     pace = Pace(1.0, 100)
     settled(pace, 1e-9)
-    assert pace.chunk == 100
+    assert pace.chunk(2) == 100
 
 
 def test_what_nobody_waits_for_and_steps_without_a_chunk_tell_nothing():
     pace = Pace(0.1, 512)
-    before = pace.chunk
+    before = pace.chunk(2)
     pace.note(mixed(400, waiting=0), 60.0)
     pace.note(mixed(0), 60.0)
     pace.note(mixed(before - 1), 0.01)  # room that wasn't used
-    assert pace.chunk == before
+    assert pace.chunk(2) == before
+
+
+@pytest.mark.parametrize("per_token", [1e-4, 5e-4, 2e-3])
+@pytest.mark.parametrize("alone", [0.05, 0.2])
+def test_left_to_itself_a_step_takes_up_to_three_times_as_long_as_without_a_chunk(per_token, alone):
+    last = settled(Pace(None, 4096), per_token, base=alone)
+    assert min(last) > 1.7 * alone and max(last) <= 3 * alone
+
+
+def test_it_looks_first_how_long_steps_take_without_a_chunk():
+    pace = Pace(None, 512)
+    assert pace.chunk(8) == 0
+    pace.note(mixed(0, waiting=8), 0.1)
+    assert pace.chunk(8) == START and pace.chunk(9) == START
+
+
+def test_it_looks_again_when_others_have_come_or_gone():
+    pace = Pace(None, 512)
+    pace.note(mixed(0, waiting=8), 0.1)
+    assert pace.chunk(16) == pace.chunk(4) == 0
+    pace.note(mixed(0, waiting=16), 0.2)
+    assert pace.chunk(16) == START and pace.chunk(8) == 0
+    pace.note(mixed(START, waiting=16), 0.45)  # too long for what 8 take
+    assert pace.chunk(16) == START
+
+
+def test_a_step_that_something_else_has_slowed_down_lets_no_chunk_be_larger():
+    pace = Pace(None, 4096)
+    for seconds in (0.1, 0.1, 5.0, 0.1):
+        pace.note(mixed(0), seconds)
+    assert max(settled(pace, 1e-3, base=0.1)) <= 0.3
 
 
 def test_an_engine_that_keeps_a_pace_computes_in_smaller_chunks_and_gives_the_same_tokens():
-    prompts = [[5 + n] * 3 for n in range(2)] + [list(range(5, 205))]
+    prompts = [[5 + n] * 3 for n in range(2)] + [list(range(5, 125))]
     params = SamplingParams(temperature=0, max_tokens=30)
 
     def run(**options):
@@ -85,6 +117,10 @@ def test_an_engine_that_keeps_a_pace_computes_in_smaller_chunks_and_gives_the_sa
 
     free, large = run()
     paced, small = run(max_inter_token_ms=1e-6)
-    assert [output.token_ids for output in paced] == [output.token_ids for output in free]
+    by_itself, looked = run(max_inter_token_ms="auto")
+    expected = [output.token_ids for output in free]
+    assert [output.token_ids for output in paced] == expected
+    assert [output.token_ids for output in by_itself] == expected
     assert max(large) > 100
     assert small[0] == START and max(small[1:]) == LEAST
+    assert looked[0] == 1 and 1 < max(looked) < 120  # alone at first, then beside a chunk

@@ -123,7 +123,8 @@ def serve(load: Load) -> World:
         shares_in_step=not any(group.is_state for group in groups),
         make_larger=lambda *wanted: world.make_larger(*wanted),
     )
-    scheduler.max_chunk = load.max_chunk
+    if load.max_chunk:
+        scheduler.chunk_beside = lambda waiting: load.max_chunk
     world = World(scheduler, load.depth)
     dated = [*load.arrivals, *load.aborts, *load.branches, *load.trims, *load.limits]
     last = max([step for step, *_ in dated] + load.refusals)

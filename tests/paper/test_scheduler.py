@@ -100,7 +100,7 @@ def test_a_chunk_beside_decoding_is_as_small_as_it_must_be():
     scheduler = make(tokens=32)
     add(scheduler, sequence(0, 4))
     step(scheduler)
-    scheduler.max_chunk = 5
+    scheduler.chunk_beside = lambda waiting: 5
     add(scheduler, sequence(1, 30), sequence(2, 30))
     assert parts(step(scheduler)) == [(0, 4, 1), (1, 0, 5)]
     # Both wait for the one that decodes; the second prompt begins when the first is computed.
@@ -109,7 +109,7 @@ def test_a_chunk_beside_decoding_is_as_small_as_it_must_be():
 
 def test_with_nobody_to_wait_a_chunk_takes_all_of_a_step():
     scheduler = make(tokens=32)
-    scheduler.max_chunk = 5
+    scheduler.chunk_beside = lambda waiting: 5
     add(scheduler, sequence(0, 60))
     assert parts(step(scheduler)) == [(0, 0, 32)]
 
@@ -120,7 +120,7 @@ def test_a_small_chunk_leaves_a_token_for_each_who_runs():
     step(scheduler)
     add(scheduler, *(sequence(n, 80, prompt_logprobs=0) for n in (1, 2, 3)))
     step(scheduler)  # whose prompts are computed at once, in chunks
-    scheduler.max_chunk = 1
+    scheduler.chunk_beside = lambda waiting: 1
     assert parts(step(scheduler)) == [(0, 5, 1), (1, 64, 1), (2, 1, 1), (3, 1, 1)]
 
 
