@@ -49,6 +49,8 @@ class Pace:
         if chunk < LEAST:
             self._note_alone(waiting, seconds)
             return
+        if self._seconds is None and not self._alone:
+            return  # a prompt of one token beside another's first chunk, say: nobody has waited yet
         given = TIMES * median(self._alone) if self._seconds is None else self._seconds
         allowed = given * _MARGIN
         if seconds > allowed:

@@ -77,6 +77,19 @@ def test_it_looks_first_how_long_steps_take_without_a_chunk():
     assert pace.chunk(8) == START and pace.chunk(9) == START
 
 
+def test_a_prompt_of_one_token_beside_another_tells_nothing():
+    pace = Pace(None, 512)
+    pace.note(mixed(400, waiting=1), 1.0)
+    assert pace.chunk(1) == 0
+
+
+def test_an_engine_begins_with_prompts_of_one_token_and_longer_ones():
+    params = SamplingParams(temperature=0, max_tokens=5)
+    made = engine(tiny_models.make("llama"), max_inter_token_ms="auto")
+    outputs = serve(made, [[5], list(range(5, 45)), [6, 7]], params)
+    assert [len(output.token_ids) for output in outputs] == [5, 5, 5]
+
+
 def test_it_looks_again_when_others_have_come_or_gone():
     pace = Pace(None, 512)
     pace.note(mixed(0, waiting=8), 0.1)
