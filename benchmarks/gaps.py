@@ -21,7 +21,7 @@ from mlxpage import AsyncEngine, SamplingParams
 from mlxpage.events import Tokens
 
 IDLE_SECONDS = 8
-ENDLESS = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=8000, ignore_eos=True)
 
 
 class Stream:

@@ -7,18 +7,23 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import nullcontext, suppress
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def _trio() -> Any:
+    """The module, in a task of trio's."""
+    trio = sys.modules.get("trio")
+    return trio if trio is not None and trio.lowlevel.in_trio_task() else None
 
 
 class Signal:
     """Given once, by any thread, to the task that has made it."""
 
     def __init__(self):
-        trio = sys.modules.get("trio")
-        if trio is not None and trio.lowlevel.in_trio_task():
+        if (trio := _trio()) is not None:
             self._event = trio.Event()
             self._call_soon = trio.lowlevel.current_trio_token().run_sync_soon
         else:
@@ -42,7 +47,9 @@ async def outcome(future: Future[T]) -> T:
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """What `function` gives, on a thread of its own, which goes on when nobody waits any more."""
+    """What `function` gives, on a thread of its own, which goes on when nobody waits any more.
+    In a cancelled scope of trio's it's waited for all the same: each wait there is cancelled anew,
+    also that of an `async with` at its end."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -52,4 +59,5 @@ async def in_thread(function: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, name="mlxpage-awaited").start()
-    return await outcome(future)
+    with trio.CancelScope(shield=True) if (trio := _trio()) else nullcontext():
+        return await outcome(future)

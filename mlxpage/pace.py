@@ -13,8 +13,9 @@ TIMES = 3
 """As long as a step without a chunk, if nobody says how long."""
 _MARGIN = 0.85
 """Of its time that a step should take: some take longer than those before them."""
-_KEPT = 9  # steps without a chunk: as many as hide a few that something else has slowed down
+_KEPT = 3  # steps without a chunk: as many as hide one that something else has slowed down
 _SIMILAR = 1.25  # numbers of sequences that take about as long
+_CHUNKS = 32  # steps with one after which it's looked again how long those without take
 
 
 class Pace:
@@ -34,11 +35,14 @@ class Pace:
         self._alone: deque[float] = deque(maxlen=_KEPT)
         """Seconds of the last steps without a chunk, beside about `_num_alone` sequences."""
         self._num_alone = 0
+        self._num_chunks = 0
+        """Steps with a chunk since the last one without."""
 
     def chunk(self, waiting: int) -> int:
         """Tokens beside the next ones of so many sequences: none where it must first be seen how
         long those take alone."""
-        return 0 if self._seconds is None and not self._knows(waiting) else self._chunk
+        looks = self._seconds is None and (not self._knows(waiting) or self._num_chunks >= _CHUNKS)
+        return 0 if looks else self._chunk
 
     def note(self, schedule: Schedule, seconds: float) -> None:
         """That a step took so long. What counts is one that somebody waited for."""
@@ -46,24 +50,28 @@ class Pace:
         chunk = schedule.num_scheduled_tokens - waiting
         if not waiting:
             return
-        if chunk < LEAST:
+        if chunk == len(schedule.scheduled) - waiting:  # nobody stands still, whatever `chunk` said
             self._note_alone(waiting, seconds)
             return
+        self._num_chunks += 1
         if self._seconds is None and not self._alone:
             return  # a prompt of one token beside another's first chunk, say: nobody has waited yet
         given = TIMES * median(self._alone) if self._seconds is None else self._seconds
         allowed = given * _MARGIN
         if seconds > allowed:
             self._chunk = max(LEAST, min(self._chunk, int(chunk * allowed / seconds)))
-        elif chunk >= self._chunk and seconds * 1.25 <= allowed:
+        elif chunk * 1.25 >= self._chunk and seconds * 1.25 <= allowed:  # some end at a block's end
             self._chunk = min(self._most, self._chunk + self._chunk // 4)
 
     def _note_alone(self, waiting: int, seconds: float) -> None:
-        if not self._knows(waiting):
+        if not self._is_similar(waiting):
             self._alone.clear()
             self._num_alone = waiting
         self._alone.append(seconds)
+        self._num_chunks = 0
 
     def _knows(self, waiting: int) -> bool:
-        low, high = self._num_alone / _SIMILAR, self._num_alone * _SIMILAR
-        return bool(self._alone) and low <= waiting <= high
+        return len(self._alone) == _KEPT and self._is_similar(waiting)
+
+    def _is_similar(self, waiting: int) -> bool:
+        return self._num_alone / _SIMILAR <= waiting <= self._num_alone * _SIMILAR

@@ -150,7 +150,10 @@ class Scheduler:
         """Tokens of the next step, at least one for everybody who runs."""
         if self.chunk_beside is None:
             return self.max_num_batched_tokens
-        next_ones = sum(seq.num_tokens - seq.num_computed_tokens == 1 for seq in self.running)
+        next_ones = sum(
+            seq.num_tokens - seq.num_computed_tokens == 1 and seq.num_tokens < seq.max_length
+            for seq in self.running
+        )
         if not next_ones:
             return self.max_num_batched_tokens
         budget = max(next_ones + self.chunk_beside(next_ones), len(self.running))

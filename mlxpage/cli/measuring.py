@@ -64,10 +64,9 @@ class Gap(click.ParamType):
     name = "ms|auto|none"
 
     def convert(self, value, param, ctx):
-        if value in ("auto", None):
-            return value
-        if str(value).lower() == "none":
-            return None
+        words = {"auto": "auto", "none": None}
+        if (word := str(value).lower()) in words:
+            return words[word]
         try:
             return float(value)
         except ValueError:

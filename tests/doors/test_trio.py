@@ -99,6 +99,17 @@ def test_the_loop_goes_on_while_the_engine_closes(tiny_folder, monkeypatch):
     assert run(app) == "closed"
 
 
+def test_a_cancelled_app_has_closed_its_engine(tiny_folder, options):
+    async def app():
+        with trio.CancelScope() as scope:
+            async with AsyncEngine.load(tiny_folder, **options) as engine:
+                scope.cancel()
+                await trio.sleep_forever()
+        return engine.state
+
+    assert run(app) == "closed"
+
+
 def test_a_loop_that_has_ended_is_woken_no_more(tiny_folder):
     with AsyncEngine.load(tiny_folder, num_blocks=64) as engine:
         handles = []

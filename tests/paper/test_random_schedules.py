@@ -3,6 +3,7 @@
 `World` asserts the rules of each step; what is said here is what goes in.
 """
 
+import itertools
 import random
 from dataclasses import dataclass, field, replace
 
@@ -101,7 +102,7 @@ def loads(draw):
         arrivals=draw(st.lists(arrival, min_size=8 if crowd else 1, max_size=12)),
         aborts=draw(st.lists(abort, max_size=3)),
         branches=draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 15)), max_size=6)),
-        max_chunk=draw(st.none() | st.integers(1, 40)),
+        max_chunk=draw(st.none() | st.integers(0, 40)),
     )
 
 
@@ -123,8 +124,9 @@ def serve(load: Load) -> World:
         shares_in_step=not any(group.is_state for group in groups),
         make_larger=lambda *wanted: world.make_larger(*wanted),
     )
-    if load.max_chunk:
-        scheduler.chunk_beside = lambda waiting: load.max_chunk
+    if load.max_chunk is not None:  # 0 stands for a pace that looks at steps without any
+        chunks = itertools.cycle([load.max_chunk or 8, load.max_chunk])
+        scheduler.chunk_beside = lambda waiting: next(chunks)
     world = World(scheduler, load.depth)
     dated = [*load.arrivals, *load.aborts, *load.branches, *load.trims, *load.limits]
     last = max([step for step, *_ in dated] + load.refusals)
