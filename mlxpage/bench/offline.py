@@ -188,7 +188,8 @@ def _run_rival(engine: Engine, items, generated: Iterator[tuple[int, int, int]])
 
 def at_once_within(model: Model, items: list[Item], kv_bytes: int, most: int) -> int:
     """Sequences that mlx-lm may batch, up to `most`, for caches of the longest one each to stay
-    within `kv_bytes`: at least 1."""
+    within `kv_bytes`: at least 1. A cache is rounded up to steps, and one that grows takes a step
+    more: its new part is rounded up by itself."""
     plain = sum(spec.quantised(None, None).bytes_per_token for spec in model.kv_specs)
-    length = -(-longest(items) // CACHE_STEP) * CACHE_STEP
+    length = (-(-longest(items) // CACHE_STEP) + 1) * CACHE_STEP
     return max(1, min(most, kv_bytes // (plain * length) if plain else most))
