@@ -16,16 +16,13 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from multiprocessing import Pipe, spawn
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mlxpage import messages
 from mlxpage.engine_thread import Pulse, closed, refuse_calls
 from mlxpage.errors import EngineError, MlxpageError
 from mlxpage.events import Done, Error, Event
 from mlxpage.far_engine import FarEngine, FarRequest, numbers
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
