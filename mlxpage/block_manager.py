@@ -226,7 +226,7 @@ class BlockManager:
             for seq in sequences:
                 end = min(seq.max_length, seq.num_tokens + ahead * group.block_size)
                 table = seq.block_tables[index]
-                chunk = min(seq.num_tokens - seq.num_computed_tokens, self._chunk)
+                chunk = min(seq.num_uncomputed_tokens, self._chunk)
                 room -= max(0, group.blocks_for(end, chunk) - group.held(table))
                 room -= group.is_shared(table, seq.num_computed_tokens)
                 if room < 0:

@@ -40,7 +40,7 @@ class Pace:
 
     def chunk(self, waiting: int) -> int:
         """Tokens beside the next ones of so many sequences: none where it must first be seen how
-        long those take alone."""
+        long those take alone. Steps with chunks come in between, so that prompts go on."""
         looks = self._seconds is None and (not self._knows(waiting) or self._num_chunks >= _CHUNKS)
         return 0 if looks else self._chunk
 
@@ -50,7 +50,7 @@ class Pace:
         chunk = schedule.num_scheduled_tokens - waiting
         if not waiting:
             return
-        if chunk == len(schedule.scheduled) - waiting:  # nobody stands still, whatever `chunk` said
+        if not chunk:
             self._note_alone(waiting, seconds)
             return
         self._num_chunks += 1

@@ -92,7 +92,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunk_beside: Callable[[int], int] | None = None
         """Tokens that a step computes at most beside the next ones of so many running sequences,
-        which wait for it; None: as many as there are left."""
+        which wait for it: 0 holds prompts up, or else each that runs gets one at least. None: as
+        many as there are left."""
         self._shares_in_step = shares_in_step
         self.waiting: list[Sequence] = []
         """A heap, in the order of service."""
@@ -135,7 +136,8 @@ class Scheduler:
             )
 
     def schedule(self) -> Schedule:
-        """Plans a step. An empty schedule: nothing to compute before the next `update`."""
+        """Plans a step. An empty schedule: nothing to compute before the next `update`, or those
+        who waited for this step have been preempted."""
         schedule = Schedule()
         budget = self._budget()
         self._continue_running(schedule, budget)
@@ -147,17 +149,19 @@ class Scheduler:
         return schedule
 
     def _budget(self) -> int:
-        """Tokens of the next step, at least one for everybody who runs."""
+        """Tokens of the next step: one for each that runs, or else for each that waits for it."""
         if self.chunk_beside is None:
             return self.max_num_batched_tokens
         next_ones = sum(
-            seq.num_tokens - seq.num_computed_tokens == 1 and seq.num_tokens < seq.max_length
+            seq.num_uncomputed_tokens == 1 and seq.num_tokens < seq.max_length
             for seq in self.running
         )
         if not next_ones:
             return self.max_num_batched_tokens
-        budget = max(next_ones + self.chunk_beside(next_ones), len(self.running))
-        return min(budget, self.max_num_batched_tokens)
+        chunk = self.chunk_beside(next_ones)
+        if not chunk:
+            return next_ones
+        return min(max(next_ones + chunk, len(self.running)), self.max_num_batched_tokens)
 
     def _continue_running(self, schedule: Schedule, budget: int) -> None:
         if self.prefix_cache is not None:
@@ -170,14 +174,17 @@ class Scheduler:
             for seq in self.running:
                 self.blocks.give_back(seq)
         running = self.running
+        holds_up = budget < len(running)
         index = 0
         while index < len(running):
             seq = running[index]
             index += 1
+            if holds_up and seq.num_uncomputed_tokens > 1:
+                continue
             if not self._restore(seq, schedule):
                 continue
             # One token is kept back for each of those that follow: nobody stands still.
-            granted = self._grant(seq, budget - (len(running) - index), schedule)
+            granted = self._grant(seq, max(1, budget - (len(running) - index)), schedule)
             if granted and self._make_room(seq, granted, schedule):
                 budget -= granted
                 self._plan(schedule, seq, granted)
@@ -212,7 +219,7 @@ class Scheduler:
         will be its last."""
         if seq.num_tokens >= seq.max_length:
             return 0
-        granted = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        granted = min(seq.num_uncomputed_tokens, budget)
         if seq.is_scored:
             granted = min(granted, max(1, MAX_SCORED_TOKENS - schedule.num_scored_tokens))
         start = seq.num_computed_tokens

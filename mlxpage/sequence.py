@@ -110,6 +110,11 @@ class Sequence:
         )
 
     @property
+    def num_uncomputed_tokens(self) -> int:
+        """Of those that have their position, the ones that a step has still to be planned for."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 

@@ -84,14 +84,6 @@ def test_it_looks_first_how_long_steps_take_without_a_chunk():
     assert pace.chunk(8) == START and pace.chunk(9) == START
 
 
-def test_steps_with_a_token_of_each_prompt_are_without_a_chunk():
-    pace = Pace(None, 512)
-    for _ in range(3):
-        parts = [Scheduled(None, 0, 1, False)] * 12 + [Scheduled(None, 50, 1, True)] * 2
-        pace.note(Schedule(parts, num_scheduled_tokens=14), 0.1)
-    assert pace.chunk(2) == START
-
-
 def test_a_prompt_of_one_token_beside_another_tells_nothing():
     pace = Pace(None, 512)
     pace.note(mixed(400, waiting=1), 1.0)

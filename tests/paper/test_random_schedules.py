@@ -124,10 +124,9 @@ def serve(load: Load) -> World:
         shares_in_step=not any(group.is_state for group in groups),
         make_larger=lambda *wanted: world.make_larger(*wanted),
     )
-    if load.max_chunk is not None:  # 0 stands for a pace that looks at steps without any
-        chunks = itertools.cycle([load.max_chunk or 8, load.max_chunk])
-        scheduler.chunk_beside = lambda waiting: next(chunks)
     world = World(scheduler, load.depth)
+    if load.max_chunk is not None:  # 0 stands for a pace that looks at steps without any
+        world.keep_pace(itertools.cycle([load.max_chunk or 8, load.max_chunk]))
     dated = [*load.arrivals, *load.aborts, *load.branches, *load.trims, *load.limits]
     last = max([step for step, *_ in dated] + load.refusals)
     for step in range(last + 1):
@@ -246,12 +245,16 @@ def test_any_load_is_served_on_pools_that_grow_and_shrink_meanwhile(count):
 
 @pytest.mark.parametrize("count", counts(600))
 def test_any_load_is_served_without_a_slot_shared_or_a_token_lost(count):
+    held_up = 0
+
     @settings(max_examples=count, deadline=None, database=None, derandomize=count == 600)
     @given(loads())
     def check(load):
-        serve(load)
+        nonlocal held_up
+        held_up += serve(load).num_held_up
 
     check()
+    assert held_up > count / 10, "no pace holds a prompt up"
 
 
 # -- pools that are too small --
@@ -386,3 +389,14 @@ def test_a_branch_of_a_branch_goes_on_where_that_began():
         )
     )
     assert list(world.branched_at.values()) == [1]
+
+
+def test_who_waits_for_a_step_may_be_preempted_in_it():
+    """Its step has nothing else, as the prompt of better priority is held up for it."""
+    world = World(Scheduler([CacheGroup(44, 1)], max_num_seqs=4, max_num_batched_tokens=16))
+    world.add(Request(prompt=1, new=42))
+    world.step()
+    world.keep_pace(itertools.chain([4], itertools.repeat(0)))
+    world.add(Request(prompt=30, new=2, priority=-1))
+    world.run()
+    assert world.scheduler.num_preemptions == 1

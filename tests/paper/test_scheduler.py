@@ -124,6 +124,19 @@ def test_a_small_chunk_leaves_a_token_for_each_who_runs():
     assert parts(step(scheduler)) == [(0, 5, 1), (1, 64, 1), (2, 1, 1), (3, 1, 1)]
 
 
+def test_without_a_chunk_prompts_are_held_up():
+    scheduler = make(tokens=100)
+    add(scheduler, sequence(0, 4))
+    step(scheduler)
+    add(scheduler, *(sequence(n, 80, prompt_logprobs=0) for n in (1, 2)))
+    step(scheduler)
+    add(scheduler, sequence(3, 10))
+    scheduler.chunk_beside = lambda waiting: 0
+    assert parts(step(scheduler)) == [(0, 5, 1)]
+    scheduler.chunk_beside = None
+    assert parts(step(scheduler)) == [(0, 6, 1), (1, 64, 16), (2, 1, 48), (3, 0, 10)]
+
+
 def test_several_prompts_share_a_step():
     scheduler = make(tokens=32)
     add(scheduler, sequence(0, 10), sequence(1, 10), sequence(2, 30))

@@ -7,7 +7,7 @@ before it and leaves that of its last token. Every claim about a plan is asserte
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from mlxpage.cache_group import CacheGroup
@@ -119,6 +119,9 @@ class World:
         self.newcomers: list[int] = []  # per sequence: later ones of better priority
         self.num_cuts: list[int] = []  # per sequence: times that its room was taken away
         self.refuses_to_grow = False
+        self.chunk: int | None = None
+        """What `keep_pace` gave the step that is planned."""
+        self.num_held_up = 0
         self.num_moved = self.num_grown = self.num_limits = self.num_refused_limits = 0
         self.num_steps = 0
         self.num_computed = self.num_recomputed = 0
@@ -127,6 +130,15 @@ class World:
         self.shelf: Shelf | None = cache and cache.tier
 
     # -- the engine's part --
+
+    def keep_pace(self, chunks: Iterator[int]) -> None:
+        """Steps that others wait for compute so many tokens beside theirs."""
+
+        def chunk_beside(waiting: int) -> int:
+            self.chunk = next(chunks)
+            return self.chunk
+
+        self.scheduler.chunk_beside = chunk_beside
 
     def add(self, request: Request) -> Sequence:
         seq = self._sequence(request)
@@ -249,7 +261,10 @@ class World:
 
     def plan(self) -> Schedule:
         before = list(self.scheduler.running)
+        self.chunk = None
+        prompts = {seq.id for seq in before if seq.num_tokens - seq.num_computed_tokens > 1}
         plan = self.scheduler.schedule()
+        held_up = prompts if self.chunk == 0 else set()
         self.num_steps += 1
         if self.shelf:
             cache = self.scheduler.prefix_cache
@@ -258,13 +273,14 @@ class World:
             for index, block, key in [*cache.take_evicted(), *ahead]:
                 self.shelf.blocks[index, key] = list(self.memory[index][block])
         self.scheduler.check()
-        self.check_plan(plan, before)
+        self.check_plan(plan, before, held_up)
         self.compute(plan)
         self.check_tables(plan)
         if plan:
             self.in_flight.append(plan)
         else:
             stuck = self.scheduler.has_work and not self.in_flight and not self.refuses_to_grow
+            stuck = stuck and not (held_up and plan.preempted)  # now nobody waits for a step
             # What couldn't be read after all is looked for again.
             stuck = stuck and not any(map(self.is_reading, self.scheduler.running))
             assert not stuck, "nothing will ever happen again"
@@ -307,7 +323,7 @@ class World:
 
     # -- the rules --
 
-    def check_plan(self, plan: Schedule, before: list[Sequence]) -> None:
+    def check_plan(self, plan: Schedule, before: list[Sequence], held_up: set[int]) -> None:
         scheduler = self.scheduler
         parts = [part.seq.id for part in plan.scheduled]
         running = {seq.id for seq in scheduler.running}
@@ -323,7 +339,11 @@ class World:
         preempted = {seq.id for seq in plan.preempted}
         stayed = {seq.id for seq in before} - preempted
         admitted = running - stayed
-        assert set(parts) == running - done - branched - reading, "each running sequence advances"
+        advancing = running - done - branched - reading - held_up
+        assert set(parts) == advancing, "each running sequence advances"
+        if self.chunk == 0:
+            self.num_held_up += len(held_up)
+            assert num_tokens == len(parts) and not admitted, "a chunk where there should be none"
         assert stayed <= running and preempted <= {seq.id for seq in before}
         assert not (preempted and admitted), "admitted into room that was just taken"
         for id in preempted:
