@@ -769,10 +769,11 @@ def test_two_tasks_wait_for_a_model_and_one_gives_up(make_engine, monkeypatch):
 
 
 @pytest.mark.parametrize("face", ["wait", "with", "await", "async with"])
-def test_a_model_that_cannot_be_loaded_says_why(make_engine, tmp_path, face):
+def test_a_model_that_cannot_be_loaded_says_why(make_engine, monkeypatch, tmp_path, face):
     folder = tiny.make(tmp_path / "dynamic", rope_scaling={"type": "dynamic", "factor": 2.0})
-    engine = make_engine(folder)
-    handle = engine.submit("abc")
+    with endless_loading(monkeypatch):
+        engine = make_engine(folder)
+        handle = engine.submit("abc")
 
     async def app():
         if face == "await":
