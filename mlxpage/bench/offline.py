@@ -1,11 +1,11 @@
-"""All requests at once, as fast as it goes: this engine, and mlx-lm on the same weights."""
+"""All requests at once, as fast as it goes: this engine, and its rivals."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxpage import LLM
 from mlxpage.bench.driver import forget, serve
@@ -14,6 +14,9 @@ from mlxpage.bench.workloads import Item, longest
 from mlxpage.engine import Engine
 from mlxpage.metal.backend import mx
 from mlxpage.metal.model import Model
+
+if TYPE_CHECKING:
+    from mlxpage.bench.llamacpp import LlamaCpp
 
 # What mlx-lm's caches grow by, in tokens.
 CACHE_STEP = 256
@@ -29,13 +32,15 @@ class Ran:
     tokens: list[list[int]]
     """Of each request."""
     peak_kv: int
-    peak_memory: int
-    """The most bytes that MLX had, with the pool counted as far as blocks of it were in use."""
+    peak_memory: int | None
+    """The most bytes that MLX had, with the pool counted as far as blocks of it were in use; None:
+    it wasn't MLX."""
 
     def figures(self, items: list[Item]) -> dict[str, float]:
         """By vLLM's names."""
         output = sum(map(len, self.tokens))
         total = output + sum(len(item.prompt) for item in items)
+        memory = {} if self.peak_memory is None else {"peak_memory": self.peak_memory / 1e9}
         return {
             "elapsed_time": self.seconds,
             "num_requests": len(items),
@@ -44,7 +49,7 @@ class Ran:
             "tokens_per_second": total / self.seconds,
             "output_tokens_per_second": output / self.seconds,
             "peak_kv_bytes": self.peak_kv,
-            "peak_memory": self.peak_memory / 1e9,
+            **memory,
         }
 
 
@@ -92,6 +97,11 @@ class Comparison:
             return run_one_at_a_time(engine, items, self.chunk)
 
         return self.arm("mlx-lm one at a time", alone)
+
+    def llama_cpp(self, rival: LlamaCpp) -> Arm:
+        arm = self.arm("llama.cpp", lambda _, items: rival.serve(items))
+        arm.facts |= {"at_once": rival.at_once, "cells": rival.cells, "weights": rival.weights()}
+        return arm
 
     def same_tokens(self, name: str) -> dict[str, Any]:
         """How many requests got the tokens that mlxpage gave them, and where the others part."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import click
@@ -141,43 +143,73 @@ def _batches(name: str, model: str, grid: list, figures: Callable, given: dict[s
 @workload(32)
 @click.option("--max-num-seqs", type=int, default=32, show_default=True, help="Sequences at once.")
 @steps
-@click.option("--rival", type=click.Choice(["mlx-lm", "batch-generator"]), help="Measure that too.")
+@click.option(
+    "--rival",
+    type=click.Choice(["mlx-lm", "batch-generator", "llama.cpp"]),
+    help="Measure that too.",
+)
+@click.option(
+    "--gguf",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The same model for llama.cpp.",
+)
 @click.option(
     "--kv-memory", help="The same for K/V of both: 500MB; else the same number of sequences."
 )
 @measured_engine_options
 @measuring(3)
 @reporting
-def throughput(model, max_num_seqs, rival, kv_memory, **given):
+def throughput(model, max_num_seqs, rival, gguf, kv_memory, **given):
     """How much is done when all requests are there at once.
 
     With --rival mlx-lm, its BatchGenerator and its generation one at a time get the same requests,
     on the same weights in this process, in turns; and their tokens are compared. With --rival
-    batch-generator only that, as one at a time takes long.
+    batch-generator only that, as one at a time takes long. With --rival llama.cpp, that gets them
+    through llama-cpp-python, with a file of its own.
     """
     from mlxpage.bench.offline import Comparison, at_once_within
     from mlxpage.bench.workloads import longest
 
+    if (rival == "llama.cpp") != (gguf is not None):
+        raise InvalidRequest(
+            "--rival llama.cpp and --gguf FILE, the model that it runs, go together"
+        )
     run = Measurement("throughput", model, given)
     subject, items = run.subject, run.items()
-    at_once = max_num_seqs
+    at_once, kv_bytes = max_num_seqs, None
     if kv_memory is not None:
         if run.engine["num_blocks"] is not None:
             raise InvalidRequest("--kv-memory and --num-blocks both say how large the pool is")
         blocks = run.engine["num_blocks"] = subject.blocks_of(kv_memory)
-        at_once = at_once_within(subject.model, items, blocks * subject.block_nbytes, max_num_seqs)
+        kv_bytes = blocks * subject.block_nbytes
+        at_once = at_once_within(subject.model, items, kv_bytes, max_num_seqs)
     run.make_room(max_num_seqs, subject.room_for(max_num_seqs, longest(items)))
-    with run.loaded() as llm:
-        comparison = Comparison(llm, items, run.engine["max_num_batched_tokens"])
+    with ExitStack() as stack:
+        chunk = run.engine["max_num_batched_tokens"]
+        if rival == "llama.cpp":
+            theirs = _llama_cpp(gguf, subject.model, items, max_num_seqs, chunk, kv_bytes)
+            stack.callback(theirs.close)
+        comparison = Comparison(stack.enter_context(run.loaded()), items, chunk)
         arms = [comparison.ours()]
-        if rival:
+        if rival == "llama.cpp":
+            arms.append(comparison.llama_cpp(theirs))
+        elif rival:
             arms.append(comparison.batch_generator(at_once))
         if rival == "mlx-lm":
             arms.append(comparison.one_at_a_time())
         run.measure(arms)
         for arm in arms[1:]:
             arm.facts |= comparison.same_tokens(arm.case["arm"])
-    run.report(arms, rival=rival, kv_memory=kv_memory)
+    run.report(arms, rival=rival, gguf=gguf and str(gguf), kv_memory=kv_memory)
+
+
+def _llama_cpp(gguf, model, items, at_once: int, chunk: int, kv_bytes: int | None):
+    """Its cache in as many bytes, or with room for so many of the longest request."""
+    from mlxpage.bench.llamacpp import LlamaCpp, cell_nbytes
+    from mlxpage.bench.workloads import longest
+
+    cells = kv_bytes // cell_nbytes(model) if kv_bytes else at_once * longest(items)
+    return LlamaCpp(gguf, model, cells=cells, at_once=at_once, chunk=chunk)
 
 
 @command.command(name="serve-sim")

@@ -1,0 +1,122 @@
+"""A pretend llama-cpp-python, whose model's next token is a sum: its C interface, and its rules."""
+
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+
+VOCAB_SIZE = 5000
+
+
+def next_token(tokens: list[int]) -> int:
+    return (sum(tokens) * 31 + len(tokens)) % VOCAB_SIZE
+
+
+def generated(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeLlamaCpp:
+    """Stands for the module. `steps`: (single tokens, tokens of prompts) of each batch."""
+
+    def __init__(self, vocab_size: int = VOCAB_SIZE):
+        self.vocab_size = vocab_size
+        self.steps: list[tuple[int, int]] = []
+        self.most_cells = 0
+        self.open: set[str] = set()
+        self.fails_at: int | None = None
+
+    def llama_log_callback(self, function):
+        return function
+
+    def llama_log_set(self, callback, data): ...
+
+    def llama_backend_init(self): ...
+
+    def llama_model_default_params(self):
+        return SimpleNamespace()
+
+    def llama_context_default_params(self):
+        return SimpleNamespace(kv_unified=False)
+
+    def llama_model_load_from_file(self, path, params):
+        assert isinstance(path, bytes)
+        if b"broken" in path:
+            return None
+        self.open.add("model")
+        return "model"
+
+    def llama_model_free(self, model):
+        self.open.remove("model")
+
+    def llama_model_get_vocab(self, model):
+        return "vocab"
+
+    def llama_vocab_n_tokens(self, vocab):
+        return self.vocab_size
+
+    def llama_model_desc(self, model, words, size):
+        words.value = b"llama 0B of sums"
+
+    def llama_init_from_model(self, model, params):
+        assert params.kv_unified
+        if params.n_ctx > 10**6:
+            return None
+        self.params = params
+        self.sequences = [[] for _ in range(params.n_seq_max)]
+        self.open.add("context")
+        return "context"
+
+    def llama_free(self, context):
+        self.open.remove("context")
+
+    def llama_batch_init(self, size, embd, n_seq_max):
+        assert size <= self.params.n_batch
+        self.open.add("batch")
+        return SimpleNamespace(
+            n_tokens=0,
+            token=[None] * size,
+            pos=[None] * size,
+            n_seq_id=[None] * size,
+            seq_id=[[None] * n_seq_max for _ in range(size)],
+            logits=[None] * size,
+        )
+
+    def llama_batch_free(self, batch):
+        self.open.remove("batch")
+
+    def llama_decode(self, context, batch):
+        if self.fails_at == len(self.steps):
+            return -3
+        assert 0 < batch.n_tokens <= self.params.n_batch
+        self.logits = {}
+        counts = [0] * len(self.sequences)
+        for row in range(batch.n_tokens):
+            assert batch.n_seq_id[row] == 1
+            tokens = self.sequences[batch.seq_id[row][0]]
+            assert batch.pos[row] == len(tokens), "positions follow each other"
+            tokens.append(batch.token[row])
+            counts[batch.seq_id[row][0]] += 1
+            if batch.logits[row]:
+                values = np.zeros(self.vocab_size, dtype=np.float32)
+                values[next_token(tokens) % self.vocab_size] = 1
+                self.logits[row] = values
+        cells = sum(map(len, self.sequences))
+        assert cells <= self.params.n_ctx, "no cell is free"
+        self.most_cells = max(self.most_cells, cells)
+        singles = sum(count == 1 for count in counts)
+        self.steps.append((singles, batch.n_tokens - singles))
+        return 0
+
+    def llama_get_logits_ith(self, context, row):
+        return self.logits[row].ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+    def llama_get_memory(self, context):
+        return "memory"
+
+    def llama_memory_seq_rm(self, memory, seq_id, begin, end):
+        assert (begin, end) == (-1, -1)
+        self.sequences[seq_id] = []
