@@ -16,6 +16,7 @@ _MARGIN = 0.85
 _KEPT = 3  # steps without a chunk: as many as hide one that something else has slowed down
 _SIMILAR = 1.25  # numbers of sequences that take about as long
 _CHUNKS = 32  # steps with one after which it's looked again how long those without take
+_LOOKS = 8  # steps in a row that hold prompts up, even if others keep coming and going
 
 
 class Pace:
@@ -37,12 +38,15 @@ class Pace:
         self._num_alone = 0
         self._num_chunks = 0
         """Steps with a chunk since the last one without."""
+        self._num_looks = 0
+        """Steps in a row that were to be without one."""
 
     def chunk(self, waiting: int) -> int:
         """Tokens beside the next ones of so many sequences: none where it must first be seen how
-        long those take alone. Steps with chunks come in between, so that prompts go on."""
+        long those take alone. After so many steps prompts go on all the same."""
         looks = self._seconds is None and (not self._knows(waiting) or self._num_chunks >= _CHUNKS)
-        return 0 if looks else self._chunk
+        self._num_looks = self._num_looks + 1 if looks and self._num_looks < _LOOKS else 0
+        return 0 if self._num_looks else self._chunk
 
     def note(self, schedule: Schedule, seconds: float) -> None:
         """That a step took so long. What counts is one that somebody waited for."""

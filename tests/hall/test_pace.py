@@ -84,6 +84,15 @@ def test_it_looks_first_how_long_steps_take_without_a_chunk():
     assert pace.chunk(8) == START and pace.chunk(9) == START
 
 
+def test_prompts_go_on_while_others_keep_coming_and_going():
+    pace = Pace(None, 512)
+    chunks = []
+    for waiting in [1, 2] * 20:
+        chunks.append(pace.chunk(waiting))
+        pace.note(mixed(chunks[-1], waiting=waiting), 0.1)
+    assert [chunk > 0 for chunk in chunks[:18]] == [*[False] * 8, True] * 2
+
+
 def test_a_prompt_of_one_token_beside_another_tells_nothing():
     pace = Pace(None, 512)
     pace.note(mixed(400, waiting=1), 1.0)
