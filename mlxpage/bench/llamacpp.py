@@ -1,13 +1,14 @@
 """llama.cpp on the same requests, through llama-cpp-python: a rival with a cache of its own.
 
 The order of its server: a step decodes a token of each sequence that has its prompt behind it, and
-is filled up with prompts. Cells of its cache, of a token each, are for whatever sequence (its
-`kv_unified`); K and V are float16 there, its default. It can't preempt, so a request comes in when
-all the cells are free that it may come to need.
+is filled up with prompts. A cell of its cache is for a token; K and V are float16 there, its
+default. It can't preempt, so a request comes in when all the cells are free that it may come to
+need.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections import deque
@@ -39,43 +40,94 @@ class _Running:
         return prompt[begin : begin + most] if begin < len(prompt) else self.tokens[-1:]
 
 
+CELLS_STEP = 256
+"""What llama.cpp rounds a sequence's cells up to."""
+
+_said: list[str] = []
+"""By llama.cpp: the last lines of its log, for when it fails."""
+_listening = []
+"""The function that its C code calls for them, as long as there are models and afterwards."""
+
+
+def _library():
+    """llama-cpp-python, which keeps quiet. Raises InvalidRequest without it."""
+    try:
+        import llama_cpp
+    except ImportError:
+        raise InvalidRequest(
+            "--rival llama.cpp needs llama-cpp-python, which isn't installed: "
+            "pip install llama-cpp-python"
+        ) from None
+    except (OSError, RuntimeError) as error:  # its library is missing, or for another machine
+        raise InvalidRequest(f"llama-cpp-python can't be loaded: {error}") from None
+    if not hasattr(llama_cpp, "llama_memory_seq_rm"):
+        raise InvalidRequest("llama-cpp-python is too old; pip install -U llama-cpp-python")
+
+    hear = llama_cpp.llama_log_callback(_hear)
+    llama_cpp.llama_log_set(hear, None)
+    _listening[:] = [hear]
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def _hear(level: int, text: bytes, data) -> None:
+    _said[:] = [*_said[-3:], text.decode(errors="replace").strip()]
+
+
 class LlamaCpp:
     """A model of llama.cpp, with room for so many cells, sequences at once and tokens in a step.
 
+    `shares_cells`: any sequence takes any cell, and attention goes over those of all and masks
+    most of them; or else each has its part of them, which is faster.
     Raises InvalidRequest without llama-cpp-python, and for a file that it can't load or that isn't
     the same model.
     """
 
-    def __init__(self, gguf: Path, model: Model, *, cells: int, at_once: int, chunk: int):
-        try:
-            import llama_cpp
-        except ImportError:
+    def __init__(
+        self,
+        gguf: Path,
+        model: Model,
+        *,
+        cells: int,
+        at_once: int,
+        chunk: int,
+        shares_cells: bool,
+    ):
+        self._lib = lib = _library()
+        most = lib.llama_max_parallel_sequences()
+        if at_once > most:
             raise InvalidRequest(
-                "--rival llama.cpp needs llama-cpp-python, which isn't installed: "
-                "pip install llama-cpp-python"
-            ) from None
-        self.cells, self.at_once = cells, at_once
+                f"--max-num-seqs is {at_once}; llama.cpp runs {most} sequences at once"
+            )
+        self.cells, self.at_once, self.shares_cells = cells, at_once, shares_cells
+        self.num_threads = _num_threads()
         self._chunk = max(chunk, at_once)
-        self._lib = lib = llama_cpp
         self._cell_nbytes = cell_nbytes(model)
-        self._hush = lib.llama_log_callback(lambda level, text, data: None)
-        lib.llama_log_set(self._hush, None)
-        lib.llama_backend_init()
-        self._context = None
-        self._model = lib.llama_model_load_from_file(
-            os.fsencode(gguf), lib.llama_model_default_params()
-        )
+        self._model = self._context = self._batch = None
+        try:
+            self._load(gguf, model.vocab_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, gguf: Path, vocab_size: int) -> None:
+        lib = self._lib
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = 2**31 - 1  # where there is a GPU, as it was built
+        self._model = lib.llama_model_load_from_file(os.fsencode(gguf), params)
         if not self._model:
-            raise InvalidRequest(f"llama.cpp can't load {gguf}")
+            raise InvalidRequest(f"llama.cpp can't load {gguf}: {' '.join(_said)}")
         self._vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
-        if self._vocab_size != model.vocab_size:
+        if self._vocab_size != vocab_size:
             raise InvalidRequest(
-                f"{gguf} has {self._vocab_size:,} tokens and the model {model.vocab_size:,}; give "
+                f"{gguf} has {self._vocab_size:,} tokens and the model {vocab_size:,}; give "
                 "--gguf a file of the same model"
             )
         self._context = lib.llama_init_from_model(self._model, self._context_params())
         if not self._context:
-            raise InvalidRequest(f"llama.cpp has no room for {cells:,} tokens of {gguf}")
+            raise InvalidRequest(
+                f"llama.cpp makes no cache of {self.cells:,} cells: {' '.join(_said)}"
+            )
         self._batch = lib.llama_batch_init(self._chunk, 0, 1)
 
     def _context_params(self):
@@ -83,23 +135,21 @@ class LlamaCpp:
         params.n_ctx = self.cells
         params.n_batch = params.n_ubatch = self._chunk
         params.n_seq_max = self.at_once
-        params.n_threads = params.n_threads_batch = os.cpu_count()
-        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = self.num_threads
+        params.kv_unified = self.shares_cells
         return params
 
     def close(self) -> None:
-        if self._context:
+        if self._batch:
             self._lib.llama_batch_free(self._batch)
+        if self._context:
             self._lib.llama_free(self._context)
-            self._context = None
         if self._model:
             self._lib.llama_model_free(self._model)
-            self._model = None
+        self._model = self._context = self._batch = None
 
     def weights(self) -> str:
         """What they are, in llama.cpp's words."""
-        import ctypes
-
         words = ctypes.create_string_buffer(128)
         self._lib.llama_model_desc(self._model, words, len(words))
         return words.value.decode(errors="replace")
@@ -166,6 +216,13 @@ class LlamaCpp:
         self._lib.llama_memory_seq_rm(memory, seq_id, -1, -1)
 
 
+def _num_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def cell_nbytes(model: Model) -> int:
-    """Of a token in all layers, in float16."""
+    """Of a token in all layers, in float16. Raises InvalidRequest for a model that has states."""
+    if model.state_specs or not model.kv_specs:
+        raise InvalidRequest("--rival llama.cpp is for models that have K and V alone, no states")
     return 2 * sum(s.kv_heads * (s.k_head_dim + s.v_head_dim) for s in model.kv_specs)

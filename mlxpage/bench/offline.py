@@ -100,7 +100,13 @@ class Comparison:
 
     def llama_cpp(self, rival: LlamaCpp) -> Arm:
         arm = self.arm("llama.cpp", lambda _, items: rival.serve(items))
-        arm.facts |= {"at_once": rival.at_once, "cells": rival.cells, "weights": rival.weights()}
+        arm.facts |= {
+            "at_once": rival.at_once,
+            "cells": rival.cells,
+            "shares_cells": rival.shares_cells,
+            "threads": rival.num_threads,
+            "weights": rival.weights(),
+        }
         return arm
 
     def same_tokens(self, name: str) -> dict[str, Any]:

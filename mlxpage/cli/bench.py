@@ -204,12 +204,16 @@ def throughput(model, max_num_seqs, rival, gguf, kv_memory, **given):
 
 
 def _llama_cpp(gguf, model, items, at_once: int, chunk: int, kv_bytes: int | None):
-    """Its cache in as many bytes, or with room for so many of the longest request."""
-    from mlxpage.bench.llamacpp import LlamaCpp, cell_nbytes
+    """Its cache in as many bytes for all, or room in it for each to be as long as the longest."""
+    from mlxpage.bench.llamacpp import CELLS_STEP, LlamaCpp, cell_nbytes
     from mlxpage.bench.workloads import longest
 
-    cells = kv_bytes // cell_nbytes(model) if kv_bytes else at_once * longest(items)
-    return LlamaCpp(gguf, model, cells=cells, at_once=at_once, chunk=chunk)
+    room = {"at_once": at_once, "chunk": chunk}
+    if kv_bytes is not None:
+        cells = kv_bytes // cell_nbytes(model)
+        return LlamaCpp(gguf, model, cells=cells, shares_cells=True, **room)
+    each = -(-longest(items) // CELLS_STEP) * CELLS_STEP
+    return LlamaCpp(gguf, model, cells=at_once * each, shares_cells=False, **room)
 
 
 @command.command(name="serve-sim")

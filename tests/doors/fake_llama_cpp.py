@@ -1,6 +1,7 @@
 """A pretend llama-cpp-python, whose model's next token is a sum: its C interface, and its rules."""
 
 import ctypes
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,15 +27,19 @@ class FakeLlamaCpp:
         self.vocab_size = vocab_size
         self.steps: list[tuple[int, int]] = []
         self.most_cells = 0
-        self.open: set[str] = set()
+        self.open: Counter[str] = Counter()
         self.fails_at: int | None = None
 
     def llama_log_callback(self, function):
         return function
 
-    def llama_log_set(self, callback, data): ...
+    def llama_log_set(self, callback, data):
+        self.hear = callback
 
     def llama_backend_init(self): ...
+
+    def llama_max_parallel_sequences(self):
+        return 64
 
     def llama_model_default_params(self):
         return SimpleNamespace()
@@ -43,14 +48,15 @@ class FakeLlamaCpp:
         return SimpleNamespace(kv_unified=False)
 
     def llama_model_load_from_file(self, path, params):
-        assert isinstance(path, bytes)
+        assert isinstance(path, bytes) and params.n_gpu_layers > 1000
         if b"broken" in path:
+            self.hear(4, b"no magic in it\n", None)
             return None
-        self.open.add("model")
+        self.open["model"] += 1
         return "model"
 
     def llama_model_free(self, model):
-        self.open.remove("model")
+        self.open["model"] -= 1
 
     def llama_model_get_vocab(self, model):
         return "vocab"
@@ -62,20 +68,19 @@ class FakeLlamaCpp:
         words.value = b"llama 0B of sums"
 
     def llama_init_from_model(self, model, params):
-        assert params.kv_unified
         if params.n_ctx > 10**6:
             return None
         self.params = params
         self.sequences = [[] for _ in range(params.n_seq_max)]
-        self.open.add("context")
+        self.open["context"] += 1
         return "context"
 
     def llama_free(self, context):
-        self.open.remove("context")
+        self.open["context"] -= 1
 
     def llama_batch_init(self, size, embd, n_seq_max):
         assert size <= self.params.n_batch
-        self.open.add("batch")
+        self.open["batch"] += 1
         return SimpleNamespace(
             n_tokens=0,
             token=[None] * size,
@@ -86,7 +91,7 @@ class FakeLlamaCpp:
         )
 
     def llama_batch_free(self, batch):
-        self.open.remove("batch")
+        self.open["batch"] -= 1
 
     def llama_decode(self, context, batch):
         if self.fails_at == len(self.steps):
@@ -104,8 +109,10 @@ class FakeLlamaCpp:
                 values = np.zeros(self.vocab_size, dtype=np.float32)
                 values[next_token(tokens) % self.vocab_size] = 1
                 self.logits[row] = values
-        cells = sum(map(len, self.sequences))
-        assert cells <= self.params.n_ctx, "no cell is free"
+        cells, params = sum(map(len, self.sequences)), self.params
+        assert cells <= params.n_ctx, "no cell is free"
+        if not params.kv_unified:
+            assert max(map(len, self.sequences)) <= params.n_ctx // params.n_seq_max
         self.most_cells = max(self.most_cells, cells)
         singles = sum(count == 1 for count in counts)
         self.steps.append((singles, batch.n_tokens - singles))

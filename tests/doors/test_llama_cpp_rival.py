@@ -1,5 +1,6 @@
 """llama.cpp as a rival: what its C interface is given, and what is said where it can't be."""
 
+import builtins
 import json
 import random
 import sys
@@ -9,6 +10,7 @@ from fake_llama_cpp import VOCAB_SIZE, FakeLlamaCpp, generated
 
 from mlxpage.bench.llamacpp import LlamaCpp, cell_nbytes
 from mlxpage.bench.workloads import Item
+from mlxpage.cli.bench import _llama_cpp
 from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.metal import model as models
 
@@ -18,7 +20,7 @@ def lib(monkeypatch):
     fake = FakeLlamaCpp()
     monkeypatch.setitem(sys.modules, "llama_cpp", fake)
     yield fake
-    assert not fake.open, "not given back"
+    assert not +fake.open, "not given back"
 
 
 @pytest.fixture
@@ -33,8 +35,8 @@ def rival(lib, sketch):
     """rival(cells=..., at_once=..., chunk=...)"""
     made = []
 
-    def make(file="a.gguf", **room):
-        made.append(LlamaCpp(file, sketch, **room))
+    def make(file="a.gguf", shares_cells=True, **room):
+        made.append(LlamaCpp(file, sketch, shares_cells=shares_cells, **room))
         return made[-1]
 
     yield make
@@ -87,10 +89,12 @@ def test_a_cell_has_k_and_v_of_all_layers_in_float16(tiny_folder):
 
 def test_what_it_cannot_do_is_told(rival, lib, sketch):
     room = {"cells": 100, "at_once": 2, "chunk": 16}
-    with pytest.raises(InvalidRequest, match="can't load broken"):
+    with pytest.raises(InvalidRequest, match="can't load broken: no magic in it"):
         rival("broken", **room)
-    with pytest.raises(InvalidRequest, match="no room for 2,000,000 tokens"):
+    with pytest.raises(InvalidRequest, match="no cache of 2,000,000 cells"):
         rival(**{**room, "cells": 2_000_000})
+    with pytest.raises(InvalidRequest, match=r"--max-num-seqs is 65; llama\.cpp runs 64"):
+        rival(**{**room, "at_once": 65})
     sketch.vocab_size = 7
     with pytest.raises(InvalidRequest, match="5,000 tokens and the model 7"):
         rival(**room)
@@ -98,6 +102,38 @@ def test_what_it_cannot_do_is_told(rival, lib, sketch):
     lib.fails_at = 1
     with pytest.raises(EngineError, match="returned -3"):
         rival(**room).serve([Item([1, 2], 3)])
+
+
+def test_a_model_with_states_is_refused(lib, sketch, monkeypatch):
+    monkeypatch.setattr(type(sketch), "kv_specs", [])
+    with pytest.raises(InvalidRequest, match="no states"):
+        cell_nbytes(sketch)
+
+
+@pytest.mark.parametrize("length", [100, 256, 257])
+def test_without_a_size_each_sequence_has_cells_for_the_longest_request(lib, sketch, length):
+    items = [Item([1] * (length - 2), 2), Item([1], 4)] * 3
+    theirs = _llama_cpp("a.gguf", sketch, items, 3, 64, None)
+    assert theirs.cells == 3 * (256 if length <= 256 else 512) and not theirs.shares_cells
+    assert theirs.serve(items).tokens == [generated(i.prompt, i.output_len) for i in items]
+    theirs.close()
+
+
+def test_a_library_that_cannot_be_loaded_or_is_old_is_told(rival, lib, monkeypatch):
+    room = {"cells": 100, "at_once": 2, "chunk": 16}
+    monkeypatch.delattr(FakeLlamaCpp, "llama_memory_seq_rm")
+    with pytest.raises(InvalidRequest, match="too old"):
+        rival(**room)
+
+    def refuse(name, *args):
+        if name == "llama_cpp":
+            raise RuntimeError("no libllama.so")
+        return real(name, *args)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(InvalidRequest, match=r"can't be loaded: no libllama.so"):
+        rival(**room)
 
 
 def test_without_llama_cpp_python_it_is_named(cli, tiny_folder, tmp_path, monkeypatch):
@@ -124,8 +160,9 @@ def test_it_is_an_arm_beside_ours(cli, tiny_folder, tmp_path, monkeypatch):
     ours, theirs = record["rows"]
     assert theirs["case"] == {"arm": "llama.cpp"} and record["settings"]["gguf"] == str(file)
     facts, metrics = theirs["facts"], theirs["metrics"]
-    assert facts["weights"] == "llama 0B of sums" and (facts["at_once"], facts["cells"]) == (2, 192)
+    assert facts["weights"] == "llama 0B of sums" and facts["threads"] >= 1
+    assert (facts["at_once"], facts["cells"], facts["shares_cells"]) == (2, 192, True)
     assert metrics["total_num_tokens"] == ours["metrics"]["total_num_tokens"] == 3 * 26
     assert "peak_memory" not in metrics and "peak_memory" in ours["metrics"]
     assert facts["same_tokens"] == 0 and facts["first_difference"] == 0
-    assert not fake.open
+    assert not +fake.open
