@@ -2,7 +2,7 @@
 
 Why: whoever reads an answer sees it stop while another's prompt is computed, by as much as a step
 takes. Streams run; then a long prompt comes, again and again. Told are the gaps between a stream's
-tokens, without the prompt and beside it, and how long the prompt's first token took.
+tokens, before the prompt and beside it, and how long the prompt's first token took.
 
     python benchmarks/gaps.py [MODEL] [--streams 8] [--bounds none auto 150]
 
@@ -18,10 +18,10 @@ import numpy as np
 from about import about
 
 from mlxpage import AsyncEngine, SamplingParams
-from mlxpage.events import Tokens
+from mlxpage.events import Done, Error, Tokens
 
 IDLE_SECONDS = 8
-ENDLESS = SamplingParams(temperature=0, max_tokens=8000, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
 
 
 class Stream:
@@ -29,6 +29,7 @@ class Stream:
 
     def __init__(self, engine: AsyncEngine, prompt: str):
         self.times: list[float] = []
+        self.end: Done | Error | None = None
         self._began = threading.Event()
         self._handle = engine.submit(prompt, ENDLESS, on_event=self._hear)
 
@@ -36,12 +37,22 @@ class Stream:
         if isinstance(event, Tokens):
             self.times += [time.perf_counter()] * len(event.token_ids)
             self._began.set()
+        elif isinstance(event, Done | Error):
+            self.end = event
+            self._began.set()
 
     def wait_for_token(self) -> None:
         assert self._began.wait(600)
 
     def gaps(self, begin: float, end: float) -> np.ndarray:
         """Between tokens, as far as they end in that time; in milliseconds."""
+        if isinstance(self.end, Error):
+            raise SystemExit(f"A stream failed: {self.end.error}")
+        if self.end:
+            raise SystemExit(
+                f"A stream ended meanwhile; it has {ENDLESS.max_tokens:,} tokens at most. "
+                "Take fewer --prompts or a larger model."
+            )
         times = np.array(self.times)
         return np.diff(times)[(times[1:] >= begin) & (times[1:] <= end)] * 1e3
 
@@ -64,7 +75,12 @@ def bound(name: str) -> float | str | None:
 
 
 def measure(args, bound: float | str | None) -> dict:
-    limits = {"max_num_seqs": args.streams + 1, "max_inter_token_ms": bound}
+    longest = [ENDLESS.max_tokens + 32] * args.streams + [args.prompt_len + 32]
+    limits = {
+        "max_num_seqs": len(longest),
+        "num_blocks": sum(longest) // 16,  # of one size: a pool that grows takes time
+        "max_inter_token_ms": bound,
+    }
     with AsyncEngine.load(args.model, **limits) as engine:
         streams = [
             Stream(engine, f"This is story number {n}. Once upon a time")
@@ -72,26 +88,24 @@ def measure(args, bound: float | str | None) -> dict:
         ]
         for stream in streams:
             stream.wait_for_token()
-        time.sleep(1)
-        began = time.perf_counter()
-        time.sleep(IDLE_SECONDS)
-        idle = told(streams, began, time.perf_counter())
-        firsts, beside = [], []
+        firsts, idle, beside = [], [], []
         for number in range(args.prompts):
             prompt = prompt_of(engine, args.prompt_len, number)
+            time.sleep(1)
+            began = time.perf_counter()
+            time.sleep(IDLE_SECONDS)
+            idle.append(told(streams, began, time.perf_counter()))
             began = time.perf_counter()
             engine.submit(prompt, SamplingParams(temperature=0, max_tokens=1)).result()
             ended = time.perf_counter()
             firsts.append(round(ended - began, 2))
             beside.append(told(streams, began, ended))
-            time.sleep(1)
-    ratios = [round(each["p95"] / idle["p95"], 2) for each in beside]
+    ratios = [round(b["p95"] / a["p95"], 2) for a, b in zip(idle, beside, strict=True)]
     return {
         "idle_ms": idle,
         "beside_ms": beside,
         "p95_ratio": ratios,
         "first_token_s": firsts,
-        "tokens_beside": [each["gaps"] for each in beside],
     }
 
 
@@ -108,12 +122,10 @@ def main() -> None:
     for name in args.bounds:
         results[name] = result = measure(args, bound(name))
         print(f"max_inter_token_ms={name}, ms between tokens:")
-        print(f"  alone: {result['idle_ms']}")
-        prompts = zip(
-            result["beside_ms"], result["p95_ratio"], result["first_token_s"], strict=True
-        )
-        for beside, ratio, first in prompts:
-            print(f"  beside a prompt: {beside}, p95 {ratio} x, its first token after {first} s")
+        columns = ("idle_ms", "beside_ms", "p95_ratio", "first_token_s")
+        for idle, beside, ratio, first in zip(*(result[name] for name in columns), strict=True):
+            print(f"  before a prompt: {idle}")
+            print(f"  beside it: {beside}, p95 {ratio} x; its first token after {first} s")
     given = {"streams": args.streams, "prompt_len": args.prompt_len}
     print(json.dumps(about("gaps.py") | given | results))
 

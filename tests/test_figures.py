@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`[^`]*`|^ {4}.*$", re.MULTILINE)
-RECORD = re.compile(r"\]\((?:\.\./)?(benchmarks/results/[\w.-]+\.json)\)")
+RECORD = re.compile(r"\]\((?:\.\./)*(benchmarks/results/[\w.-]+\.json)\)")
 NUMBER = r"\d[\d,]*(?:\.\d+)?"
 FIGURE = re.compile(rf"({NUMBER})\s(?:tok/s|ms|µs|%|GB/s)(?!\w)")
 MEASURED = re.compile(rf"({NUMBER})\s(?:tok/s|ms|µs|%|GB/s|s|MB|GB)(?!\w)")
