@@ -11,6 +11,9 @@ from mlxpage.bench.kinds import KINDS
 from mlxpage.bench.tables import value_of
 from mlxpage.errors import InvalidRequest
 
+ROOFLINE = "roofline,"
+"""How lines are called that show it."""
+
 
 @dataclass(slots=True)
 class Figure:
@@ -42,8 +45,13 @@ def figure_of(record: dict[str, Any]) -> Figure:
     for row in record["rows"]:
         name = kind.y if kind.line is None else f"{kind.line} {value_of(row, kind.line)}"
         y = value_of(row, kind.y)
-        if y is not None:
-            figure.lines.setdefault(name, []).append((value_of(row, kind.x), y))
+        if y is None:
+            continue
+        x = value_of(row, kind.x)
+        figure.lines.setdefault(name, []).append((x, y))
+        if percent := value_of(row, "roofline_percent"):
+            line = f"{ROOFLINE} {name}"
+            figure.lines.setdefault(line, []).append((x, 100 * y / percent))
     return figure
 
 
@@ -91,7 +99,8 @@ def to_png(record: dict[str, Any], path: Path) -> None:
         axes.set_xticks([place + middle for place in range(len(figure.labels))], figure.labels)
     else:
         for name, points in figure.lines.items():
-            axes.plot(*_columns(points), marker="o", label=name)
+            style = "--" if name.startswith(ROOFLINE) else "o-"
+            axes.plot(*_columns(points), style, label=name)
     axes.set(title=figure.title, xlabel=figure.x, ylabel=figure.y)
     axes.set_ylim(bottom=0)
     axes.legend()

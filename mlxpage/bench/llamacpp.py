@@ -53,10 +53,9 @@ def _library():
     """llama-cpp-python, which keeps quiet. Raises InvalidRequest without it."""
     try:
         import llama_cpp
-    except ImportError:
+    except ImportError as error:
         raise InvalidRequest(
-            "--rival llama.cpp needs llama-cpp-python, which isn't installed: "
-            "pip install llama-cpp-python"
+            f"--rival llama.cpp needs llama-cpp-python ({error}): pip install llama-cpp-python"
         ) from None
     except (OSError, RuntimeError) as error:  # its library is missing, or for another machine
         raise InvalidRequest(f"llama-cpp-python can't be loaded: {error}") from None

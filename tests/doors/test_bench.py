@@ -720,8 +720,13 @@ def test_what_a_model_can_not_be_asked_is_said_in_a_line(bench, name, more, word
 
 def test_a_figure_has_a_line_for_each_and_bars_for_words(made):
     batched = figures.figure_of(made("batched"))
-    assert set(batched.lines) == {"pp 16", "pp 33"} and not batched.has_bars
+    lines = {"pp 16", "pp 33", "roofline, pp 16", "roofline, pp 33"}
+    assert set(batched.lines) == lines and not batched.has_bars
     assert [x for x, _ in batched.lines["pp 16"]] == [1, 2]
+    row = made("batched")["rows"][0]
+    (x, y), *_ = batched.lines["roofline, pp 16"]
+    assert (row["case"]["pp"], row["case"]["pl"]) == (16, x)
+    assert row["metrics"]["speed_tg"] / y == pytest.approx(row["metrics"]["roofline_percent"] / 100)
     arms = figures.figure_of(made("throughput"))
     assert arms.has_bars and arms.labels[0] == "mlxpage"
     assert arms.heights("output_tokens_per_second")[0] > 0
