@@ -100,6 +100,7 @@ class LlamaCpp:
             )
         self.cells, self.at_once, self.shares_cells = cells, at_once, shares_cells
         self.num_threads = _num_threads()
+        self.version = lib.__version__
         self._chunk = max(chunk, at_once)
         self._cell_nbytes = cell_nbytes(model)
         self._model = self._context = self._batch = None

@@ -105,6 +105,7 @@ class Comparison:
             "cells": rival.cells,
             "shares_cells": rival.shares_cells,
             "threads": rival.num_threads,
+            "version": rival.version,
             "weights": rival.weights(),
         }
         return arm

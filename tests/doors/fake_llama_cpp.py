@@ -23,6 +23,8 @@ def generated(prompt: list[int], count: int) -> list[int]:
 class FakeLlamaCpp:
     """Stands for the module. `steps`: (single tokens, tokens of prompts) of each batch."""
 
+    __version__ = "0.3.99"
+
     def __init__(self, vocab_size: int = VOCAB_SIZE):
         self.vocab_size = vocab_size
         self.steps: list[tuple[int, int]] = []

@@ -161,6 +161,7 @@ def test_it_is_an_arm_beside_ours(cli, tiny_folder, tmp_path, monkeypatch):
     assert theirs["case"] == {"arm": "llama.cpp"} and record["settings"]["gguf"] == str(file)
     facts, metrics = theirs["facts"], theirs["metrics"]
     assert facts["weights"] == "llama 0B of sums" and facts["threads"] >= 1
+    assert facts["version"] == "0.3.99"
     assert (facts["at_once"], facts["cells"], facts["shares_cells"]) == (2, 192, True)
     assert metrics["total_num_tokens"] == ours["metrics"]["total_num_tokens"] == 3 * 26
     assert "peak_memory" not in metrics and "peak_memory" in ours["metrics"]
