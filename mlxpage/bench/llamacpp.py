@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxpage.bench.offline import Ran
+from mlxpage.bench.offline import Comparison, Ran
+from mlxpage.bench.runs import Arm
 from mlxpage.bench.workloads import Item, longest
 from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.metal.model import Model
@@ -148,7 +149,19 @@ class LlamaCpp:
             self._lib.llama_model_free(self._model)
         self._model = self._context = self._batch = None
 
-    def weights(self) -> str:
+    def arm(self, comparison: Comparison) -> Arm:
+        arm = comparison.arm("llama.cpp", lambda _, items: self.serve(items))
+        arm.facts |= {
+            "at_once": self.at_once,
+            "cells": self.cells,
+            "shares_cells": self.shares_cells,
+            "threads": self.num_threads,
+            "version": self.version,
+            "weights": self._weights(),
+        }
+        return arm
+
+    def _weights(self) -> str:
         """What they are, in llama.cpp's words."""
         words = ctypes.create_string_buffer(128)
         self._lib.llama_model_desc(self._model, words, len(words))

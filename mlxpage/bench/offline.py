@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxpage import LLM
 from mlxpage.bench.driver import forget, serve
@@ -14,9 +14,6 @@ from mlxpage.bench.workloads import Item, longest
 from mlxpage.engine import Engine
 from mlxpage.metal.backend import mx
 from mlxpage.metal.model import Model
-
-if TYPE_CHECKING:
-    from mlxpage.bench.llamacpp import LlamaCpp
 
 # What mlx-lm's caches grow by, in tokens.
 CACHE_STEP = 256
@@ -97,18 +94,6 @@ class Comparison:
             return run_one_at_a_time(engine, items, self.chunk)
 
         return self.arm("mlx-lm one at a time", alone)
-
-    def llama_cpp(self, rival: LlamaCpp) -> Arm:
-        arm = self.arm("llama.cpp", lambda _, items: rival.serve(items))
-        arm.facts |= {
-            "at_once": rival.at_once,
-            "cells": rival.cells,
-            "shares_cells": rival.shares_cells,
-            "threads": rival.num_threads,
-            "version": rival.version,
-            "weights": rival.weights(),
-        }
-        return arm
 
     def same_tokens(self, name: str) -> dict[str, Any]:
         """How many requests got the tokens that mlxpage gave them, and where the others part."""

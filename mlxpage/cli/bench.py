@@ -192,7 +192,7 @@ def throughput(model, max_num_seqs, rival, gguf, kv_memory, **given):
         comparison = Comparison(stack.enter_context(run.loaded()), items, chunk)
         arms = [comparison.ours()]
         if rival == "llama.cpp":
-            arms.append(comparison.llama_cpp(theirs))
+            arms.append(theirs.arm(comparison))
         elif rival:
             arms.append(comparison.batch_generator(at_once))
         if rival == "mlx-lm":
