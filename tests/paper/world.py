@@ -343,7 +343,8 @@ class World:
         assert set(parts) == advancing, "each running sequence advances"
         if self.chunk == 0:
             self.num_held_up += len(held_up)
-            assert num_tokens == len(parts) and not admitted, "a chunk where there should be none"
+            assert num_tokens == len(parts), "a chunk where there should be none"
+            assert admitted <= branched, "admitted where nobody should be"
         assert stayed <= running and preempted <= {seq.id for seq in before}
         assert not (preempted and admitted), "admitted into room that was just taken"
         for id in preempted:
