@@ -149,7 +149,8 @@ class Scheduler:
         return schedule
 
     def _budget(self) -> int:
-        """Tokens of the next step: one for each that runs, or else for each that waits for it."""
+        """Tokens of the next step: at least one for each that runs, or without a chunk one for each
+        that waits for it, and no others."""
         if self.chunk_beside is None:
             return self.max_num_batched_tokens
         next_ones = sum(

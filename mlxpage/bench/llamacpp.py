@@ -23,6 +23,14 @@ from mlxpage.bench.workloads import Item, longest
 from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.metal.model import Model
 
+CELLS_STEP = 256
+"""What llama.cpp rounds a sequence's cells up to."""
+
+_said: list[str] = []
+"""By llama.cpp: the last lines of its log, for when it fails."""
+_listening = []
+"""The function that its C code calls for them, as long as there are models and afterwards."""
+
 
 @dataclass(slots=True)
 class _Running:
@@ -41,15 +49,6 @@ class _Running:
         return prompt[begin : begin + most] if begin < len(prompt) else self.tokens[-1:]
 
 
-CELLS_STEP = 256
-"""What llama.cpp rounds a sequence's cells up to."""
-
-_said: list[str] = []
-"""By llama.cpp: the last lines of its log, for when it fails."""
-_listening = []
-"""The function that its C code calls for them, as long as there are models and afterwards."""
-
-
 def _library():
     """llama-cpp-python, which keeps quiet. Raises InvalidRequest without it."""
     try:
@@ -61,7 +60,9 @@ def _library():
     except (OSError, RuntimeError) as error:  # its library is missing, or for another machine
         raise InvalidRequest(f"llama-cpp-python can't be loaded: {error}") from None
     if not hasattr(llama_cpp, "llama_memory_seq_rm"):
-        raise InvalidRequest("llama-cpp-python is too old; pip install -U llama-cpp-python")
+        raise InvalidRequest(
+            f"llama-cpp-python {llama_cpp.__version__} is too old: pip install -U llama-cpp-python"
+        )
 
     hear = llama_cpp.llama_log_callback(_hear)
     llama_cpp.llama_log_set(hear, None)
@@ -168,7 +169,8 @@ class LlamaCpp:
         return words.value.decode(errors="replace")
 
     def serve(self, items: list[Item]) -> Ran:
-        """All of them at once, in their order, greedily, each to its full length."""
+        """All of them at once, in their order, greedily, each to its full length. Raises
+        InvalidRequest for one that is longer than the cells, EngineError for a step that fails."""
         if longest(items) > self.cells:
             raise InvalidRequest(
                 f"the longest request has {longest(items):,} tokens; in --kv-memory llama.cpp has "
@@ -231,7 +233,7 @@ class LlamaCpp:
 
 def _num_threads() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cell_nbytes(model: Model) -> int:
