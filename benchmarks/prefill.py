@@ -1,11 +1,16 @@
 """Prompts computed on a GPU: tokens per second of the whole engine, against mlx-lm's own caches.
 
-    python benchmarks/prefill.py [--shapes 1x4096 8x1024] [--chunk 2048] [--repeats 7]
+    python benchmarks/prefill.py [--shapes 1x4096 8x1024] [--chunk 2048] [--repeats 7] [--profile]
+        [--arms ours batch-generator side-by-side]
 
 A shape is prompts x tokens. The model has the shape of Llama 3 8B and random weights in bfloat16.
-Arms, in one process and in turns: this engine through `Engine.step`, from the request to the first
-token of each prompt; mlx-lm's caches, in chunks of as many tokens of each prompt, all side by side,
-as its `BatchGenerator` computes prompts of one length. The last line is JSON.
+Arms, in one process and in turns, from the request to the first token of each prompt: this engine
+through `Engine.step`, with at most `--chunk` tokens of all prompts in a step; mlx-lm's
+`BatchGenerator`, which by its defaults takes eight prompts at a time, and up to `--chunk` tokens of
+each in a forward; and mlx-lm's caches with all prompts side by side in such a forward, which is the
+most that it can put into one. Peaks are of what is allocated beside what was there before: caches
+that an arm makes anew are in them. `--profile` adds what the GPU does in a run (with torch, on
+CUDA). The last line is JSON.
 """
 
 import argparse
@@ -14,7 +19,7 @@ import statistics
 import time
 
 import numpy as np
-from decode import NoText, make_model
+from decode import NoText, gpu_profile, make_model
 
 from mlxpage.engine import Engine
 from mlxpage.metal import choice, memory
@@ -42,8 +47,28 @@ class Ours:
         self.engine.close()
 
 
-class MlxLm:
-    def __init__(self, model, prompts, chunk):
+class Generator:
+    """mlx-lm's `BatchGenerator` with its defaults."""
+
+    def __init__(self, model, prompts, chunk, backend):
+        from mlx_lm.generate import BatchGenerator
+
+        self.generator = BatchGenerator(model.module, max_tokens=1, prefill_step_size=chunk)
+        self.prompts = prompts
+
+    def run(self) -> None:
+        unfinished = set(self.generator.insert(self.prompts))
+        while unfinished:
+            unfinished -= {r.uid for r in self.generator.next_generated() if r.finish_reason}
+
+    def close(self) -> None:
+        self.generator.close()
+
+
+class SideBySide:
+    """mlx-lm's caches, all prompts of which are computed together."""
+
+    def __init__(self, model, prompts, chunk, backend):
         self.model, self.prompts = model, mx.array(prompts)
         self.chunk = chunk
 
@@ -62,21 +87,29 @@ class MlxLm:
         pass
 
 
+ARMS = {"ours": Ours, "batch-generator": Generator, "side-by-side": SideBySide}
+
+
 def measure(arms: dict, repeats: int, tokens: int) -> dict:
     seconds: dict[str, list[float]] = {name: [] for name in arms}
+    peaks = dict.fromkeys(arms, 0)
     for repeat in range(repeats + 2):
         for name, arm in arms.items():
             mx.synchronize()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
             start = time.perf_counter()
             arm.run()
             mx.synchronize()
             if repeat >= 2:  # kernels and graphs are made
                 seconds[name].append(time.perf_counter() - start)
+                peaks[name] = max(peaks[name], mx.get_peak_memory() - before)
     return {
         name: {
             "tok/s": round(tokens / statistics.median(spent)),
             "ms": round(statistics.median(spent) * 1e3, 1),
             "least and most ms": [round(min(spent) * 1e3, 1), round(max(spent) * 1e3, 1)],
+            "peak over start MB": round(peaks[name] / 1e6),
         }
         for name, spent in seconds.items()
     }
@@ -87,7 +120,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["1x1024", "1x4096", "8x1024"])
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     model = make_model(args.layers)
     backend = choice.checked(model, 16, None, print)
@@ -97,14 +132,15 @@ def main() -> None:
     for shape in args.shapes:
         batch, length = map(int, shape.split("x"))
         prompts = rng.integers(0, model.vocab_size, (batch, length)).tolist()
-        arms = {
-            "ours": Ours(model, prompts, args.chunk, backend),
-            "mlx-lm": MlxLm(model, prompts, args.chunk),
-        }
+        arms = {name: ARMS[name](model, prompts, args.chunk, backend) for name in args.arms}
         record["shapes"][shape] = measure(arms, args.repeats, batch * length)
         for name, row in record["shapes"][shape].items():
-            print(f"{shape:>8} {name:8} {row}", flush=True)
-        arms["ours"].close()
+            print(f"{shape:>8} {name:15} {row}", flush=True)
+        if args.profile:
+            for name, arm in arms.items():
+                record["shapes"][shape][name]["gpu"] = gpu_profile(arm.run)
+        for arm in arms.values():
+            arm.close()
         mx.clear_cache()
     print(json.dumps(record))
 

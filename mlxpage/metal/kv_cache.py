@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -81,6 +82,13 @@ class Scores(Tagged):
 # Elements of a forward's result that stand for it; hidden states have as many at least.
 _AFTER = 32
 
+# Where steps are dispatched ahead, a forward of many rows is so in parts: layers that attended so
+# many bytes in all. Smaller ones aren't worth it; and all that parts make exists at once, so there
+# are few ahead of the one that is computed (docs/log.md).
+_PART = 2**24
+_LEAST_OF_A_LAYER = _PART // 2
+_PARTS_AHEAD = 2
+
 
 @dataclass(slots=True)
 class Forward:
@@ -94,13 +102,33 @@ class Forward:
     steps: list[Step] = field(default_factory=list)  # one per cache group
     fetches: bool = True
     """Whether a layer gives its K and V, or only something that stands for them."""
+    looks_ahead: bool = False
+    """Whether forwards are dispatched before the results of those before are read."""
     after: mx.array | None = None
     """What comes after every read of the forward before: no write may overtake it."""
+    ahead: deque[list[mx.array]] = field(default_factory=deque)
+    """Of the parts that were dispatched last, of this forward or of one before."""
+    undispatched: int = 0
+    """Bytes that layers attended since the last of them."""
 
     @property
     def positions(self) -> mx.array:
         """(T,) of the rows. Asked for late, they may have come with other metadata."""
         return self.steps[0].positions if self.given is None else self.given
+
+    def go_on(self, written: list[mx.array], nbytes: int) -> None:
+        """Dispatches the forward as far as a layer has `written`, if it attended enough, `nbytes`:
+        the GPU is at work while Python builds the rest. Waits if parts get too far ahead."""
+        if not self.looks_ahead or nbytes < _LEAST_OF_A_LAYER or self.given is not None:
+            return
+        self.undispatched += nbytes
+        if self.undispatched < _PART:
+            return
+        self.undispatched = 0
+        mx.async_eval(written)
+        self.ahead.append(written)
+        if len(self.ahead) > _PARTS_AHEAD:
+            mx.eval(self.ahead.popleft())
 
 
 class LayerCache:
@@ -188,8 +216,12 @@ class LayerCache:
         self.num_attended += 1
         self.attention = Attention(q.shape[1], q.dtype, window, scale, sinks is not None)
         if not self.step.is_run:
-            return self.pool.attend(self.step, q, window, scale, sinks)
-        return self.pool.attend(self.step, q.swapaxes(0, 2), window, scale, sinks).swapaxes(0, 2)
+            out = self.pool.attend(self.step, q, window, scale, sinks)
+        else:
+            q = q.swapaxes(0, 2)
+            out = self.pool.attend(self.step, q, window, scale, sinks).swapaxes(0, 2)
+        self._forward.go_on(self.pool.written(), out.nbytes)
+        return out
 
     def attend_latent(self, q: mx.array, q_v: mx.array, scale: float) -> mx.array:
         """Where K are the values too, and V only more of what scores are made of, `scale * q @ K +
@@ -198,9 +230,12 @@ class LayerCache:
         self.num_attended += 1
         self.attention = Attention(q.shape[1], q.dtype, None, scale, False, is_latent=True)
         if not self.step.is_run:
-            return self.pool.attend_latent(self.step, q, q_v, scale)
-        q, q_v = q.swapaxes(0, 2), q_v.swapaxes(0, 2)
-        return self.pool.attend_latent(self.step, q, q_v, scale).swapaxes(0, 2)
+            out = self.pool.attend_latent(self.step, q, q_v, scale)
+        else:
+            q, q_v = q.swapaxes(0, 2), q_v.swapaxes(0, 2)
+            out = self.pool.attend_latent(self.step, q, q_v, scale).swapaxes(0, 2)
+        self._forward.go_on(self.pool.written(), out.nbytes)
+        return out
 
 
 class KVCache:
@@ -224,7 +259,7 @@ class KVCache:
         self.num_blocks = list(num_blocks)
         self.kinds = kinds = group_kinds(specs)
         self._backend = backend
-        self._forward = Forward(fetches=fetches)
+        self._forward = Forward(fetches=fetches, looks_ahead=bool(backend.LOOK_AHEAD))
         self._attentions: list[tuple] | None = None
         """(group, kind of pool, attention) of the layers, each once."""
         self.layers = [self._layer(spec, kinds.index(spec.group)) for spec in specs]
@@ -344,7 +379,7 @@ class KVCache:
         self._attentions = None
         for layer in self._state_layers:
             layer.end(self._forward.steps[layer.group])
-        if self._backend.LOOK_AHEAD:
+        if self._forward.looks_ahead:
             # Of the same shape and type, however many rows of whatever.
             self._forward.after = after.reshape(-1)[:_AFTER].view(mx.int32)
 

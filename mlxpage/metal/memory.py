@@ -31,7 +31,9 @@ _START_TOKENS = 1024
 
 # MLX allocates for a hundred operations ahead of the one that is computed. What that comes to was
 # measured: rows of float32 logits for each sampled one, when top_p and log-probabilities are asked
-# for, and for each one of a prompt; pieces of a chunk's attention, or layers of a short one.
+# for, and for each one of a prompt; pieces of a chunk's attention, or layers of a short one; and
+# on a GPU all that layers make of a step's rows, where large ones are dispatched in parts of a
+# layer each.
 _LOGIT_COPIES = 12
 _PROMPT_LOGIT_COPIES = 4
 _PIECES_AT_ONCE = 18
@@ -260,6 +262,8 @@ def _scratch(
 
     size = max(spec.dtype.size for spec in model.specs)
     activations = rows * (4 * hidden + 3 * wide) * size
+    if kind != "cpu":
+        activations *= _LAYERS_AT_ONCE
     logit_rows = _LOGIT_COPIES * max_num_seqs
     logit_rows += _PROMPT_LOGIT_COPIES * (_SCORED_ROWS + max_num_seqs)
     if not model.gathers_rows:

@@ -11,7 +11,7 @@ import pytest
 import serving
 import stress
 
-from mlxpage.metal import choice, kernels
+from mlxpage.metal import choice, kernels, kv_cache
 from mlxpage.metal.backend import mx
 from mlxpage.sampling_params import SamplingParams
 
@@ -34,6 +34,17 @@ def backend():
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_prompts_of_any_length_give_the_tokens_of_mlx_lm(family, share, backend):
     """With all the blocks that they want, and with some of them."""
+    check_prompts_of_any_length(family, share, backend)
+
+
+def test_and_where_each_layer_is_dispatched_by_itself(backend, monkeypatch):
+    monkeypatch.setattr(kv_cache, "_PART", 1)
+    monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 1)
+    cache = check_prompts_of_any_length("gemma3_text", 0.3, backend)
+    assert len(cache._forward.ahead) == kv_cache._PARTS_AHEAD
+
+
+def check_prompts_of_any_length(family, share, backend) -> kv_cache.KVCache:
     count, longest, new, running = (64, 600, 64, 16) if ON_A_GPU else (6, 90, 8, 3)
     chunk = 128 if ON_A_GPU and family != "gpt_oss" else stress.CHUNK
     model = stress.make_model(family)
@@ -55,6 +66,7 @@ def test_prompts_of_any_length_give_the_tokens_of_mlx_lm(family, share, backend)
     assert comparison.logprob_error < 2e-3
     if ON_A_GPU:
         assert model._compiled._functions and model._compiled.error is None
+    return model.cache
 
 
 @pytest.mark.parametrize("family", FAMILIES)

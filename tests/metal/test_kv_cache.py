@@ -554,6 +554,30 @@ def run_and_watch(model, on_step=None) -> tuple[int, int]:
     return most, max(layer.pool.k.nbytes for layer in model.cache.layers)
 
 
+def test_large_layers_are_dispatched_in_parts_of_which_few_are_ahead(monkeypatch):
+    done = []
+    monkeypatch.setattr(mx, "async_eval", lambda written: done.append(("goes on", *written)))
+    monkeypatch.setattr(mx, "eval", lambda written: done.append(("is awaited", *written)))
+    half, least = kv_cache._PART // 2, kv_cache._LEAST_OF_A_LAYER
+
+    forward = kv_cache.Forward(looks_ahead=True)
+    for layer in range(100):
+        forward.go_on([layer], least - 1)
+    assert not done, "small ones never are"
+    for layer in range(8):
+        forward.go_on([layer], half)
+    assert done == [
+        *(("goes on", 1), ("goes on", 3)),
+        *(("goes on", 5), ("is awaited", 1)),
+        *(("goes on", 7), ("is awaited", 3)),
+    ]
+    done.clear()
+    forward.given = mx.zeros(1)
+    forward.go_on([0], 2 * half)
+    kv_cache.Forward(looks_ahead=False).go_on([0], 2 * half)
+    assert not done, "nor is what is compiled, and what nobody dispatches ahead"
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_no_step_costs_a_pool(family):
     most, pool = run_and_watch(tiny_models.make(family, vocab_size=128))

@@ -327,6 +327,21 @@ def measured(model, tokenizer, prompts, params, **limits) -> tuple[int, Plan]:
     return beside, plan
 
 
+def test_a_gpu_has_room_for_the_layers_that_are_dispatched_ahead():
+    model = made("llama", hidden_size=64, intermediate_size=512)
+    of_kind = {
+        kind: memory.plan(
+            model,
+            num_blocks=500,
+            max_num_batched_tokens=4096,
+            machine=Device(kind, "a test", 8 * GB, 8 * GB),
+        ).scratch
+        for kind in ("cpu", "metal", "cuda")
+    }
+    layer = 4096 * (4 * 64 + 3 * 512) * 4
+    assert of_kind["metal"] == of_kind["cuda"] == of_kind["cpu"] + 2 * layer
+
+
 SAMPLINGS = [
     SamplingParams(temperature=0, max_tokens=8),
     SamplingParams(temperature=1, top_p=0.9, max_tokens=8, logprobs=5),

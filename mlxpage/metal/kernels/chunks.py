@@ -29,8 +29,10 @@ class Chunk(NamedTuple):
     lengths: mx.array  # positions that each sequence has in its tables
     shape: tuple[int, int, int]  # sequences, width of the tables, positions
     pieces: list[reference.Piece] | None  # of a single sequence
-    spread: mx.array | None = None  # of several: (sequences * C,) the row at each place, or any
-    places: mx.array | None = None  # (rows,) where each row is then
+    # Of several, where not all are as long: (sequences * C,) the row at each place, or any, and
+    # (rows,) where each row is then.
+    spread: mx.array | None = None
+    places: mx.array | None = None
     mask: mx.array | None = None  # (sequences, 1, C, positions)
 
 
@@ -88,16 +90,20 @@ def _chunk(starts, contexts, tables, first, which, block_size, window, most_scor
         )
     most = int(rows.max())
     row = np.arange(most)
-    spread = np.minimum(row, rows[:, None] - 1) + (starts[:-1] - starts[0])[:, None]
-    places = np.concatenate([i * most + np.arange(n) for i, n in enumerate(rows)])
+    if rows.min() < most:
+        spread = np.minimum(row, rows[:, None] - 1) + (starts[:-1] - starts[0])[:, None]
+        places = np.flatnonzero(row < rows[:, None])
+        chunk = chunk._replace(spread=_int32(spread.reshape(-1)), places=_int32(places))
     queries = ((contexts - rows)[:, None] + row)[:, None, :, None]
     keys = (first[:, None] + np.arange(chunk.shape[2]))[:, None, None, :]
     mask = keys <= queries
     if window is not None:
         mask &= keys > queries - window
-    return chunk._replace(
-        spread=mx.array(spread.reshape(-1)), places=mx.array(places), mask=mx.array(mask)
-    )
+    return chunk._replace(mask=mx.array(mask))
+
+
+def _int32(places: np.ndarray) -> mx.array:
+    return mx.array(places.astype(np.int32))
 
 
 def attend_chunk(
@@ -132,7 +138,18 @@ def attend_chunk(
         out = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
         return out.transpose(2, 1, 0, 3)
     sequences, heads = chunk.shape[0], q.shape[1]
-    q = q[chunk.spread].reshape(sequences, -1, heads, q.shape[3]).swapaxes(1, 2)
+    if chunk.spread is not None:
+        q = _taken(q, chunk.spread)
+    q = q.reshape(sequences, -1, heads, q.shape[3]).swapaxes(1, 2)
     out = _dense_attention(q, k, v, scale=scale, mask=chunk.mask, sinks=sinks)
     out = out.swapaxes(1, 2).reshape(-1, heads, 1, v.shape[3])
-    return out[chunk.places]
+    return out if chunk.places is None else _taken(out, chunk.places)
+
+
+def _taken(array: mx.array, places: mx.array) -> mx.array:
+    """`array[places]`. On CUDA MLX's gather has a thread for each element, however small, which
+    finds its place axis by axis; so it gets few axes of large ones."""
+    elements = array.reshape(len(array), -1)
+    if elements.shape[1] * array.dtype.size % 8 == 0:
+        elements = elements.view(mx.uint64)
+    return elements[places].view(array.dtype).reshape(-1, *array.shape[1:])
