@@ -126,7 +126,9 @@ def test_the_sequences_of_a_step_may_share_blocks():
 
 @pytest.mark.parametrize("most_scores", [2**40, 100])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sequences", [[(70, 33)], [(40, 9), (33, 12), (12, 12)]])
+@pytest.mark.parametrize(
+    "sequences", [[(70, 33)], [(40, 9), (33, 12), (12, 12)], [(40, 12), (12, 12)]]
+)
 def test_chunks_are_gathered(sequences, dtypes, most_scores):
     dtypes = DTYPES[dtypes]
     rng = np.random.default_rng(4)

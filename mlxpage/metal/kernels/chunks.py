@@ -148,8 +148,7 @@ def attend_chunk(
 
 def _taken(array: mx.array, places: mx.array) -> mx.array:
     """`array[places]`. On CUDA MLX's gather has a thread for each element, however small, which
-    finds its place axis by axis; so it gets few axes of large ones."""
-    elements = array.reshape(len(array), -1)
-    if elements.shape[1] * array.dtype.size % 8 == 0:
-        elements = elements.view(mx.uint64)
-    return elements[places].view(array.dtype).reshape(-1, *array.shape[1:])
+    finds its place axis by axis; so it gets few axes of large ones. Rows of any head that the
+    kernels serve have 16 bytes or a multiple."""
+    words = array.reshape(len(array), -1).view(mx.uint64)
+    return words[places].view(array.dtype).reshape(-1, *array.shape[1:])
