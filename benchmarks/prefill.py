@@ -6,9 +6,10 @@
 A shape is prompts x tokens. The model has the shape of Llama 3 8B and random weights in bfloat16.
 Arms, in one process and in turns, from the request to the first token of each prompt: this engine
 through `Engine.step`, with at most `--chunk` tokens of all prompts in a step; mlx-lm's
-`BatchGenerator`, which by its defaults takes eight prompts at a time, and up to `--chunk` tokens of
-each in a forward; and mlx-lm's caches with all prompts side by side in such a forward, which is the
-most that it can put into one. Peaks are of what is allocated beside what was there before: caches
+`BatchGenerator`, which takes eight prompts at a time unless told otherwise, and up to `--chunk`
+tokens of each in a forward; and mlx-lm's caches, with such parts of all prompts side by side in one
+forward. A turn is a run that isn't timed, after which an arm finds the caches of MLX's allocator as
+it left them, and one that is. Peaks are of what is allocated beside what was there before: caches
 that an arm makes anew are in them. `--profile` adds what the GPU does in a run (with torch, on
 CUDA). The last line is JSON.
 """
@@ -27,7 +28,17 @@ from mlxpage.metal.backend import device, mx
 from mlxpage.sampling_params import SamplingParams
 
 
-class Ours:
+class Arm:
+    def run(self) -> None:
+        """All prompts, to the first token of each."""
+
+    def settle(self) -> None:
+        """Waits for what `run` began and nobody asked for."""
+
+    def close(self) -> None: ...
+
+
+class Ours(Arm):
     def __init__(self, model, prompts, chunk, backend):
         limits = {"max_num_seqs": len(prompts), "max_num_batched_tokens": chunk}
         blocks = len(prompts) * (len(prompts[0]) // 16 + 2)
@@ -47,8 +58,8 @@ class Ours:
         self.engine.close()
 
 
-class Generator:
-    """mlx-lm's `BatchGenerator` with its defaults."""
+class Generator(Arm):
+    """mlx-lm's `BatchGenerator`."""
 
     def __init__(self, model, prompts, chunk, backend):
         from mlx_lm.generate import BatchGenerator
@@ -61,11 +72,15 @@ class Generator:
         while unfinished:
             unfinished -= {r.uid for r in self.generator.next_generated() if r.finish_reason}
 
+    def settle(self) -> None:
+        """It has begun with each prompt's second token."""
+        mx.synchronize(self.generator.stream)
+
     def close(self) -> None:
         self.generator.close()
 
 
-class SideBySide:
+class SideBySide(Arm):
     """mlx-lm's caches, all prompts of which are computed together."""
 
     def __init__(self, model, prompts, chunk, backend):
@@ -83,26 +98,27 @@ class SideBySide:
             mx.eval([cache.state for cache in caches])
         mx.argmax(self.model.module(self.prompts[:, -1:], cache=caches)[:, -1], axis=-1).tolist()
 
-    def close(self) -> None:
-        pass
-
 
 ARMS = {"ours": Ours, "batch-generator": Generator, "side-by-side": SideBySide}
 
 
-def measure(arms: dict, repeats: int, tokens: int) -> dict:
+def measure(arms: dict[str, Arm], repeats: int, tokens: int) -> dict:
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks = dict.fromkeys(arms, 0)
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + 1):
         for name, arm in arms.items():
+            arm.run()
+            arm.settle()
             mx.synchronize()
             before = mx.get_active_memory()
             mx.reset_peak_memory()
             start = time.perf_counter()
             arm.run()
+            end = time.perf_counter()  # each has read its tokens
+            arm.settle()
             mx.synchronize()
-            if repeat >= 2:  # kernels and graphs are made
-                seconds[name].append(time.perf_counter() - start)
+            if repeat:  # kernels and graphs are made
+                seconds[name].append(end - start)
                 peaks[name] = max(peaks[name], mx.get_peak_memory() - before)
     return {
         name: {

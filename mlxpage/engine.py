@@ -244,7 +244,7 @@ class Engine:
         batch = Batch.of(
             schedule, self.plan.block_size, *((last.batch, last.tokens) if last else ())
         )
-        logits = self.model(batch.rows)
+        logits = self.model(batch.rows, self._collect_before_waiting)
         num_sampled = len(batch.sampling)
         tokens = None
         chosen = scored = ()
@@ -311,8 +311,15 @@ class Engine:
         while self._in_flight:
             self._collect()
 
-    def _collect(self) -> None:
-        """Reads the results of the oldest step in flight and hands them out."""
+    def _collect_before_waiting(self) -> None:
+        """When a forward under way is about to wait for a part of itself: what the step before it
+        gave isn't kept back meanwhile, and its time and its error are told as its own."""
+        if self._in_flight and (error := self._collect()):
+            raise error
+
+    def _collect(self) -> Exception | None:
+        """Reads the results of the oldest step in flight and hands them out; returns the error if
+        it has failed, and all later ones with it."""
         started = self._in_flight.pop(0)
         try:
             self._record(started)
@@ -320,6 +327,8 @@ class Engine:
             later = [started.schedule for started in self._in_flight]
             self._in_flight.clear()
             self._fail([started.schedule, *later], error)
+            return error
+        return None
 
     def _record(self, started: Started) -> None:
         batch = started.batch

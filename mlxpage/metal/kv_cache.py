@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -82,9 +83,9 @@ class Scores(Tagged):
 # Elements of a forward's result that stand for it; hidden states have as many at least.
 _AFTER = 32
 
-# Where steps are dispatched ahead, a forward of many rows is so in parts: layers that attended so
-# many bytes in all. Smaller ones aren't worth it; and all that parts make exists at once, so there
-# are few ahead of the one that is computed (docs/log.md).
+# Where steps are dispatched ahead, a forward of many rows is so in parts: layers whose attention
+# gave so many bytes in all. Smaller ones aren't worth it; and all that parts make exists at once,
+# so there are few ahead of the one that is computed (docs/log.md).
 _PART = 2**24
 _LEAST_OF_A_LAYER = _PART // 2
 _PARTS_AHEAD = 2
@@ -106,28 +107,33 @@ class Forward:
     """Whether forwards are dispatched before the results of those before are read."""
     after: mx.array | None = None
     """What comes after every read of the forward before: no write may overtake it."""
-    ahead: deque[list[mx.array]] = field(default_factory=deque)
-    """Of the parts that were dispatched last, of this forward or of one before."""
-    undispatched: int = 0
-    """Bytes that layers attended since the last of them."""
+    before_waiting: Callable[[], None] | None = None
+    """Called before this one waits for a part of its own."""
+    unsent: int = 0
+    """Bytes of attention since the last part of it."""
+    ahead: deque[mx.array] = field(default_factory=deque)
+    """What comes after each of the last parts, of this forward or of one before."""
 
     @property
     def positions(self) -> mx.array:
         """(T,) of the rows. Asked for late, they may have come with other metadata."""
         return self.steps[0].positions if self.given is None else self.given
 
-    def go_on(self, written: list[mx.array], nbytes: int) -> None:
-        """Dispatches the forward as far as a layer has `written`, if it attended enough, `nbytes`:
-        the GPU is at work while Python builds the rest. Waits if parts get too far ahead."""
-        if not self.looks_ahead or nbytes < _LEAST_OF_A_LAYER or self.given is not None:
+    def go_on(self, attended: mx.array) -> None:
+        """Dispatches the forward as far as what a layer has `attended`, if that's enough for a
+        part: the GPU is at work while Python builds the rest. Waits if parts get too far ahead."""
+        if not self.looks_ahead or attended.nbytes < _LEAST_OF_A_LAYER or self.given is not None:
             return
-        self.undispatched += nbytes
-        if self.undispatched < _PART:
+        self.unsent += attended.nbytes
+        if self.unsent < _PART:
             return
-        self.undispatched = 0
-        mx.async_eval(written)
-        self.ahead.append(written)
+        self.unsent = 0
+        mark = attended[:1, :1, :1] + 0  # with memory of its own
+        mx.async_eval(mark)
+        self.ahead.append(mark)
         if len(self.ahead) > _PARTS_AHEAD:
+            if self.before_waiting:
+                self.before_waiting()
             mx.eval(self.ahead.popleft())
 
 
@@ -220,7 +226,7 @@ class LayerCache:
         else:
             q = q.swapaxes(0, 2)
             out = self.pool.attend(self.step, q, window, scale, sinks).swapaxes(0, 2)
-        self._forward.go_on(self.pool.written(), out.nbytes)
+        self._forward.go_on(out)
         return out
 
     def attend_latent(self, q: mx.array, q_v: mx.array, scale: float) -> mx.array:
@@ -234,7 +240,7 @@ class LayerCache:
         else:
             q, q_v = q.swapaxes(0, 2), q_v.swapaxes(0, 2)
             out = self.pool.attend_latent(self.step, q, q_v, scale).swapaxes(0, 2)
-        self._forward.go_on(self.pool.written(), out.nbytes)
+        self._forward.go_on(out)
         return out
 
 
@@ -298,14 +304,21 @@ class KVCache:
         for layer in self.layers:
             layer.pool.resize(self.num_blocks[layer.group], moves[layer.group])
 
-    def begin(self, rows: Rows, *, is_run: bool = False) -> None:
+    def begin(
+        self,
+        rows: Rows,
+        *,
+        is_run: bool = False,
+        before_waiting: Callable[[], None] | None = None,
+    ) -> None:
         """Makes `rows` the ones that the next forward writes and reads; `is_run`: along its length
-        axis."""
+        axis. If it waits for a part of itself, `before_waiting` is called first."""
         for group, tables in enumerate(rows.block_tables):
             self._check_blocks(group, tables, least=0)  # 0 pads a table
         if len(rows.sample_rows) and rows.sample_rows.max() >= len(rows.positions):
             raise IndexError(f"row {rows.sample_rows.max()} of {len(rows.positions)} is sampled")
         self._forward.given = None
+        self._forward.before_waiting, self._forward.unsent = before_waiting, 0
         self._forward.start = int(rows.positions[0]) if is_run else None
         self._forward.steps = [
             states.Step(rows, tables, self.block_size)
@@ -377,6 +390,7 @@ class KVCache:
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""
         self._attentions = None
+        self._forward.before_waiting = None  # it may lead back to this cache
         for layer in self._state_layers:
             layer.end(self._forward.steps[layer.group])
         if self._forward.looks_ahead:

@@ -33,7 +33,7 @@ _START_TOKENS = 1024
 # measured: rows of float32 logits for each sampled one, when top_p and log-probabilities are asked
 # for, and for each one of a prompt; pieces of a chunk's attention, or layers of a short one; and
 # on a GPU all that layers make of a step's rows, where large ones are dispatched in parts of a
-# layer each.
+# layer or two.
 _LOGIT_COPIES = 12
 _PROMPT_LOGIT_COPIES = 4
 _PIECES_AT_ONCE = 18

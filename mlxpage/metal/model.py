@@ -101,13 +101,15 @@ class Model:
         self.cache = cache
         self._compiled = Compiled()
 
-    def __call__(self, rows: Rows) -> mx.array:
+    def __call__(self, rows: Rows, before_waiting: Callable[[], None] | None = None) -> mx.array:
         """A step: writes the rows' K and V, returns the logits (R, vocab) of `sample_rows`.
 
-        Lazy: the caller evaluates the logits together with `cache.written()`.
+        Lazy: the caller evaluates the logits together with `cache.written()`. But of a large step a
+        GPU may have computed the most by then: `before_waiting` is called before that is waited
+        for, when all that was dispatched before the step is done or nearly so.
         """
         if self.shape is Shape.ROWS:
-            return self._step(rows)
+            return self._step(rows, before_waiting=before_waiting)
         self.cache.copy(rows.copies)
         together = rows.num_decoding if self.shape is Shape.CHUNKS else 0
         cuts = self._cuts(rows, together)
@@ -134,10 +136,10 @@ class Model:
         own = [*range(alone), *range(together, len(rows.contexts))]
         return sorted(alike + [(i, i + 1) for i in own])
 
-    def _step(self, rows: Rows, *, is_run: bool = False) -> mx.array:
-        """One forward."""
+    def _step(self, rows: Rows, **options) -> mx.array:
+        """One forward; `options` are those of `KVCache.begin`."""
         self._check_tokens(rows.tokens)
-        self.cache.begin(rows, is_run=is_run)
+        self.cache.begin(rows, **options)
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
         wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
         every = len(wanted) == len(rows.positions) and (np.diff(wanted) == 1).all()

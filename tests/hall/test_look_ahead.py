@@ -8,9 +8,22 @@ import pytest
 import serving
 import tiny_models
 
-from mlxpage.metal import reference
+from mlxpage.metal import kv_cache, reference
+from mlxpage.metal.backend import mx
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
+
+
+@pytest.fixture(params=["at once", "in parts"], autouse=True)
+def dispatched(request, monkeypatch):
+    """How a step is: as a whole, or each layer by itself, the results of the step before read in
+    the middle of it."""
+    if request.param == "in parts":
+        monkeypatch.setattr(kv_cache, "_PART", 1)
+        monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 1)
+        monkeypatch.setattr(kv_cache, "_PARTS_AHEAD", 1)
+    return request.param
+
 
 PROMPTS = [[7], list(range(15)), list(range(100)), list(range(50, 90)), [1, 2, 3], [9] * 33]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, logprobs=1)
@@ -76,14 +89,22 @@ def test_generations_that_end_in_the_middle(model, monkeypatch):
     assert ended[3][1] == text[: text.index(text[4:7])] and ended[3][2] == "stop"
 
 
-def test_two_steps_are_in_flight_at_most_and_one_in_the_middle(model, monkeypatch):
+def test_two_steps_are_in_flight_at_most_and_one_in_the_middle(model, monkeypatch, dispatched):
     monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
     engine = serving.engine(model, num_blocks=60)
-    flights = []
+    flights, left = [], []
     start = engine._start
-    engine._start = lambda schedule: flights.append(len(engine._in_flight)) or start(schedule)
+
+    def noting(schedule):
+        flights.append(len(engine._in_flight))
+        started = start(schedule)
+        left.append(len(engine._in_flight))
+        return started
+
+    engine._start = noting
     serving.serve(engine, PROMPTS, GREEDY)
     assert flights[0] == 0 and set(flights[1:]) == {1}
+    assert set(left[1:]) == ({0} if dispatched == "in parts" else {1})
 
 
 PENALTIES = {
@@ -145,10 +166,10 @@ def test_a_step_that_raises_while_another_is_in_flight_fails_its_own_requests(
     monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
     call, calls = Model.__call__, iter(range(1, 10**6))
 
-    def flaky(self, rows):
+    def flaky(*arguments):
         if next(calls) == at:
             raise RuntimeError("injected")
-        return call(self, rows)
+        return call(*arguments)
 
     engine = serving.engine(model, num_blocks=60, max_num_seqs=2, max_num_batched_tokens=32)
     monkeypatch.setattr(Model, "__call__", flaky)
@@ -159,7 +180,7 @@ def test_a_step_that_raises_while_another_is_in_flight_fails_its_own_requests(
         assert isinstance(end, Exception) or end == tokens
 
 
-@pytest.mark.parametrize("at", [1, 4, 9])
+@pytest.mark.parametrize("at", [1, 4, 9, 27])  # in the step after 27 a request joins
 def test_results_that_cannot_be_read_fail_both_steps_in_flight(model, monkeypatch, at):
     _, expected = run(model, monkeypatch, 0, GREEDY)
     monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
@@ -173,7 +194,39 @@ def test_results_that_cannot_be_read_fail_both_steps_in_flight(model, monkeypatc
 
     engine._record = broken
     ends = follow(engine, PROMPTS, GREEDY)
-    assert any(isinstance(end, Exception) for end in ends)
+    failed = [end for end in ends if isinstance(end, Exception)]
+    assert failed and all(str(e) == "a step failed: RuntimeError: the GPU is gone" for e in failed)
+    for end, (tokens, *_) in zip(ends, expected, strict=True):
+        assert isinstance(end, Exception) or end == tokens
+
+
+@pytest.mark.parametrize("name", ["async_eval", "eval"])
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 13, 21])
+def test_an_evaluation_that_raises_in_the_middle_fails_its_own_requests(
+    model, monkeypatch, name, at, dispatched
+):
+    _, expected = run(model, monkeypatch, 0, GREEDY)
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    engine = serving.engine(model, num_blocks=60, max_num_seqs=2, max_num_batched_tokens=32)
+    real, calls = getattr(mx, name), iter(range(1, 10**6))
+    go_on, is_going_on = kv_cache.Forward.go_on, []
+
+    def going_on(*arguments):
+        is_going_on.append(True)
+        go_on(*arguments)
+        is_going_on.pop()
+
+    def flaky(*arrays):
+        if is_going_on and next(calls) == at:
+            raise RuntimeError("injected")
+        return real(*arrays)
+
+    monkeypatch.setattr(kv_cache.Forward, "go_on", going_on)
+    monkeypatch.setattr(mx, name, flaky)
+    ends = follow(engine, PROMPTS, GREEDY)
+    failed = [end for end in ends if isinstance(end, Exception)]
+    assert (1 if dispatched == "in parts" else 0) <= len(failed) <= 2
+    assert all("injected" in str(error) for error in failed)
     for end, (tokens, *_) in zip(ends, expected, strict=True):
         assert isinstance(end, Exception) or end == tokens
 

@@ -73,11 +73,11 @@ def failing(rng: random.Random, share: float) -> Iterator[None]:
     """Forwards raise now and then, before or after their graph is built."""
     call = Model.__call__
 
-    def flaky(model, rows):
+    def flaky(*arguments):
         luck = rng.random()
         if luck < share / 2:
             raise Injected
-        logits = call(model, rows)
+        logits = call(*arguments)
         if luck < share:
             raise Injected
         return logits

@@ -37,9 +37,14 @@ def test_prompts_of_any_length_give_the_tokens_of_mlx_lm(family, share, backend)
     check_prompts_of_any_length(family, share, backend)
 
 
-def test_and_where_each_layer_is_dispatched_by_itself(backend, monkeypatch):
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Each layer is dispatched by itself."""
     monkeypatch.setattr(kv_cache, "_PART", 1)
     monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 1)
+
+
+def test_so_do_prompts_whose_layers_are_dispatched_one_by_one(backend, in_parts):
     cache = check_prompts_of_any_length("gemma3_text", 0.3, backend)
     assert len(cache._forward.ahead) == kv_cache._PARTS_AHEAD
 
@@ -71,6 +76,14 @@ def check_prompts_of_any_length(family, share, backend) -> kv_cache.KVCache:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_token_is_wrong_while_blocks_change_hands_and_steps_raise(family, backend):
+    check_a_stress(family, backend)
+
+
+def test_nor_is_one_of_layers_that_are_dispatched_one_by_one(backend, in_parts):
+    check_a_stress("deepseek_v3", backend)
+
+
+def check_a_stress(family, backend):
     requests = 400 if ON_A_GPU else 40
     outcome = stress.run(stress.make_model(family), backend, requests, seed=0)
     assert not outcome.wrong and not outcome.errors

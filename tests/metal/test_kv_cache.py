@@ -556,25 +556,30 @@ def run_and_watch(model, on_step=None) -> tuple[int, int]:
 
 def test_large_layers_are_dispatched_in_parts_of_which_few_are_ahead(monkeypatch):
     done = []
-    monkeypatch.setattr(mx, "async_eval", lambda written: done.append(("goes on", *written)))
-    monkeypatch.setattr(mx, "eval", lambda written: done.append(("is awaited", *written)))
-    half, least = kv_cache._PART // 2, kv_cache._LEAST_OF_A_LAYER
+    monkeypatch.setattr(mx, "async_eval", lambda mark: done.append(("goes on", mark.item())))
+    monkeypatch.setattr(mx, "eval", lambda mark: done.append(("is awaited", mark.item())))
+    monkeypatch.setattr(kv_cache, "_PART", 64)
+    monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 32)
+
+    def attended(layer, nbytes):
+        return mx.full((nbytes // 4, 1, 1, 1), layer)
 
     forward = kv_cache.Forward(looks_ahead=True)
+    forward.before_waiting = lambda: done.append("others first")
     for layer in range(100):
-        forward.go_on([layer], least - 1)
+        forward.go_on(attended(layer, 28))
     assert not done, "small ones never are"
     for layer in range(8):
-        forward.go_on([layer], half)
+        forward.go_on(attended(layer, 32))
     assert done == [
         *(("goes on", 1), ("goes on", 3)),
-        *(("goes on", 5), ("is awaited", 1)),
-        *(("goes on", 7), ("is awaited", 3)),
+        *(("goes on", 5), "others first", ("is awaited", 1)),
+        *(("goes on", 7), "others first", ("is awaited", 3)),
     ]
     done.clear()
     forward.given = mx.zeros(1)
-    forward.go_on([0], 2 * half)
-    kv_cache.Forward(looks_ahead=False).go_on([0], 2 * half)
+    forward.go_on(attended(0, 64))
+    kv_cache.Forward(looks_ahead=False).go_on(attended(0, 64))
     assert not done, "nor is what is compiled, and what nobody dispatches ahead"
 
 
