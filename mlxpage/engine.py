@@ -105,6 +105,8 @@ class Engine:
         """`time.perf_counter` when the results of the last step were there."""
         self._in_flight: list[Started] = []
         """Steps whose results nobody has read yet, oldest first."""
+        self._is_building = False
+        """Whether there is a step whose forward isn't dispatched as a whole yet."""
         self.num_steps = 0
         self._num_computed_tokens = self._num_sampled_tokens = 0
         self._num_failed_steps = 0
@@ -127,7 +129,8 @@ class Engine:
         on_progress: Callable[[Prefill | Preempted], None] | None = None,
     ) -> Request:
         """Checks a prompt of token ids and makes it a request, to be given to `add`. Its functions
-        are called on the engine's thread, between the parts of a step.
+        are called on the engine's thread, while a step is built or computed: they may add, fork and
+        abort requests, but not close the engine.
 
         Raises InvalidRequest if it can never be served.
         """
@@ -244,7 +247,11 @@ class Engine:
         batch = Batch.of(
             schedule, self.plan.block_size, *((last.batch, last.tokens) if last else ())
         )
-        logits = self.model(batch.rows, self._collect_before_waiting)
+        self._is_building = True
+        try:
+            logits = self.model(batch.rows, self._collect_before_waiting)
+        finally:
+            self._is_building = False
         num_sampled = len(batch.sampling)
         tokens = None
         chosen = scored = ()
@@ -312,8 +319,8 @@ class Engine:
             self._collect()
 
     def _collect_before_waiting(self) -> None:
-        """When a forward under way is about to wait for a part of itself: what the step before it
-        gave isn't kept back meanwhile, and its time and its error are told as its own."""
+        """When a step that is built is about to wait for the GPU: what the step before it gave
+        isn't kept back meanwhile, and its error isn't taken for one of this step."""
         if self._in_flight and (error := self._collect()):
             raise error
 
@@ -389,12 +396,13 @@ class Engine:
     # -- the size of the pool --
 
     def _make_larger(self, group: int, num_blocks: int) -> bool:
-        return self.pool.grow(group, num_blocks, in_flight=bool(self._in_flight))
+        in_flight = bool(self._in_flight) or self._is_building
+        return self.pool.grow(group, num_blocks, in_flight=in_flight)
 
     def trim(self, *, cached: bool = False) -> int:
         """Gives back blocks that nobody uses, but for room to begin with; `cached` ones, and that
         room, only if asked. The pool grows again when it has to. Returns the bytes given back."""
-        self._check_open()
+        self._check_may_resize()
         if self.plan.is_fixed:
             return 0
         pools = [group.pool for group in self.pool.groups]
@@ -411,7 +419,7 @@ class Engine:
         Raises InvalidRequest for what is no size, or if a request could never end in it any more;
         OutOfMemory if it doesn't hold the weights and a usable pool. Then nothing has changed.
         """
-        self._check_open()
+        self._check_may_resize()
         if self.plan.is_fixed:
             raise InvalidRequest(
                 f"the pool has {max(self.plan.num_blocks):,} blocks because num_blocks says so; "
@@ -433,9 +441,14 @@ class Engine:
         for seq in self.scheduler.set_limits(limits):
             self._served.take_end(seq)
 
-    def _check_open(self) -> None:
+    def _check_may_resize(self) -> None:
         if self.model is None:
             raise EngineError("the engine is closed")
+        if self._is_building:
+            raise EngineError(
+                "the pool can't be resized by a function of a request: call trim or set_memory "
+                "between two steps"
+            )
 
     def _shrink(self, sizes: list[int]) -> int:
         """Makes the pools so small, where they are larger; returns the bytes given back."""

@@ -83,12 +83,12 @@ class Scores(Tagged):
 # Elements of a forward's result that stand for it; hidden states have as many at least.
 _AFTER = 32
 
-# Where steps are dispatched ahead, a forward of many rows is so in parts: layers whose attention
-# gave so many bytes in all. Smaller ones aren't worth it; and all that parts make exists at once,
-# so there are few ahead of the one that is computed (docs/log.md).
-_PART = 2**24
-_LEAST_OF_A_LAYER = _PART // 2
-_PARTS_AHEAD = 2
+# Where steps are dispatched ahead, a forward of many rows is so in stretches: layers whose
+# attention gave so many bytes in all. Smaller ones aren't worth it; and all that stretches make
+# exists at once, so there are few ahead of the one that is computed (docs/log.md).
+_STRETCH = 2**24
+_LEAST_OF_A_LAYER = _STRETCH // 2
+_STRETCHES_AHEAD = 2
 
 
 @dataclass(slots=True)
@@ -108,11 +108,11 @@ class Forward:
     after: mx.array | None = None
     """What comes after every read of the forward before: no write may overtake it."""
     before_waiting: Callable[[], None] | None = None
-    """Called before this one waits for a part of its own."""
-    unsent: int = 0
-    """Bytes of attention since the last part of it."""
+    """Called while the forward is built, before it waits for a stretch, of it or of one before."""
+    unsent_nbytes: int = 0
+    """Of attention, since the last stretch of it."""
     ahead: deque[mx.array] = field(default_factory=deque)
-    """What comes after each of the last parts, of this forward or of one before."""
+    """What comes after each of the last stretches, of this forward or of one before."""
 
     @property
     def positions(self) -> mx.array:
@@ -121,17 +121,18 @@ class Forward:
 
     def go_on(self, attended: mx.array) -> None:
         """Dispatches the forward as far as what a layer has `attended`, if that's enough for a
-        part: the GPU is at work while Python builds the rest. Waits if parts get too far ahead."""
+        stretch: the GPU is at work while Python builds the rest. Waits if they get too far
+        ahead."""
         if not self.looks_ahead or attended.nbytes < _LEAST_OF_A_LAYER or self.given is not None:
             return
-        self.unsent += attended.nbytes
-        if self.unsent < _PART:
+        self.unsent_nbytes += attended.nbytes
+        if self.unsent_nbytes < _STRETCH:
             return
-        self.unsent = 0
+        self.unsent_nbytes = 0
         mark = attended[:1, :1, :1] + 0  # with memory of its own
         mx.async_eval(mark)
         self.ahead.append(mark)
-        if len(self.ahead) > _PARTS_AHEAD:
+        if len(self.ahead) > _STRETCHES_AHEAD:
             if self.before_waiting:
                 self.before_waiting()
             mx.eval(self.ahead.popleft())
@@ -312,13 +313,13 @@ class KVCache:
         before_waiting: Callable[[], None] | None = None,
     ) -> None:
         """Makes `rows` the ones that the next forward writes and reads; `is_run`: along its length
-        axis. If it waits for a part of itself, `before_waiting` is called first."""
+        axis. While it is built, `before_waiting` is called before it waits for what is computed."""
         for group, tables in enumerate(rows.block_tables):
             self._check_blocks(group, tables, least=0)  # 0 pads a table
         if len(rows.sample_rows) and rows.sample_rows.max() >= len(rows.positions):
             raise IndexError(f"row {rows.sample_rows.max()} of {len(rows.positions)} is sampled")
         self._forward.given = None
-        self._forward.before_waiting, self._forward.unsent = before_waiting, 0
+        self._forward.before_waiting, self._forward.unsent_nbytes = before_waiting, 0
         self._forward.start = int(rows.positions[0]) if is_run else None
         self._forward.steps = [
             states.Step(rows, tables, self.block_size)
@@ -387,10 +388,13 @@ class KVCache:
     def is_run(self) -> bool:
         return self._forward.start is not None
 
+    def note_built(self) -> None:
+        """Tells that the forward is built, or that it can't be."""
+        self._forward.before_waiting = None  # it may lead back to this cache
+
     def end(self, after: mx.array) -> None:
         """Tells what the forward comes to: an array that depends on all of its reads."""
         self._attentions = None
-        self._forward.before_waiting = None  # it may lead back to this cache
         for layer in self._state_layers:
             layer.end(self._forward.steps[layer.group])
         if self._forward.looks_ahead:

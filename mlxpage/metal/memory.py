@@ -32,8 +32,8 @@ _START_TOKENS = 1024
 # MLX allocates for a hundred operations ahead of the one that is computed. What that comes to was
 # measured: rows of float32 logits for each sampled one, when top_p and log-probabilities are asked
 # for, and for each one of a prompt; pieces of a chunk's attention, or layers of a short one; and
-# on a GPU all that layers make of a step's rows, where large ones are dispatched in parts of a
-# layer or two.
+# on a GPU all that layers make of a step's rows, where large ones are dispatched in stretches of
+# a layer or two.
 _LOGIT_COPIES = 12
 _PROMPT_LOGIT_COPIES = 4
 _PIECES_AT_ONCE = 18
@@ -246,7 +246,7 @@ def _scratch(
     model: Model, tokens: int, max_num_seqs: int, max_num_batched_tokens: int, kind: str
 ) -> int:
     """An upper estimate of what one step allocates beside weights and a pool of `tokens`, on a
-    device of this kind.
+    device of this kind. (On CUDA, small steps of large models may be ahead by more: docs/log.md.)
 
     Activations of a few operations in a row, logits with the copies that sampling makes of them,
     and for one layer the scores of a chunk and the K and V that are gathered.

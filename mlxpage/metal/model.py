@@ -104,9 +104,8 @@ class Model:
     def __call__(self, rows: Rows, before_waiting: Callable[[], None] | None = None) -> mx.array:
         """A step: writes the rows' K and V, returns the logits (R, vocab) of `sample_rows`.
 
-        Lazy: the caller evaluates the logits together with `cache.written()`. But of a large step a
-        GPU may have computed the most by then: `before_waiting` is called before that is waited
-        for, when all that was dispatched before the step is done or nearly so.
+        Lazy: the caller evaluates the logits together with `cache.written()`. But a GPU may have
+        computed most of a large step by then: before it is waited for, `before_waiting` is called.
         """
         if self.shape is Shape.ROWS:
             return self._step(rows, before_waiting=before_waiting)
@@ -139,7 +138,14 @@ class Model:
     def _step(self, rows: Rows, **options) -> mx.array:
         """One forward; `options` are those of `KVCache.begin`."""
         self._check_tokens(rows.tokens)
-        self.cache.begin(rows, **options)
+        cache = self.cache
+        cache.begin(rows, **options)
+        try:
+            return self._logits(rows)
+        finally:
+            cache.note_built()
+
+    def _logits(self, rows: Rows) -> mx.array:
         # With nothing to sample the head gets the first row, and nobody evaluates its logits.
         wanted = rows.sample_rows if len(rows.sample_rows) else np.zeros(1, np.int32)
         every = len(wanted) == len(rows.positions) and (np.diff(wanted) == 1).all()

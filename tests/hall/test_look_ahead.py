@@ -8,20 +8,21 @@ import pytest
 import serving
 import tiny_models
 
+from mlxpage.errors import EngineError, InvalidRequest
 from mlxpage.metal import kv_cache, reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
 
 
-@pytest.fixture(params=["at once", "in parts"], autouse=True)
+@pytest.fixture(params=["at once", "in stretches"], autouse=True)
 def dispatched(request, monkeypatch):
     """How a step is: as a whole, or each layer by itself, the results of the step before read in
     the middle of it."""
-    if request.param == "in parts":
-        monkeypatch.setattr(kv_cache, "_PART", 1)
+    if request.param == "in stretches":
+        monkeypatch.setattr(kv_cache, "_STRETCH", 1)
         monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 1)
-        monkeypatch.setattr(kv_cache, "_PARTS_AHEAD", 1)
+        monkeypatch.setattr(kv_cache, "_STRETCHES_AHEAD", 1)
     return request.param
 
 
@@ -104,7 +105,7 @@ def test_two_steps_are_in_flight_at_most_and_one_in_the_middle(model, monkeypatc
     engine._start = noting
     serving.serve(engine, PROMPTS, GREEDY)
     assert flights[0] == 0 and set(flights[1:]) == {1}
-    assert set(left[1:]) == ({0} if dispatched == "in parts" else {1})
+    assert set(left[1:]) == ({0} if dispatched == "in stretches" else {1})
 
 
 PENALTIES = {
@@ -225,10 +226,33 @@ def test_an_evaluation_that_raises_in_the_middle_fails_its_own_requests(
     monkeypatch.setattr(mx, name, flaky)
     ends = follow(engine, PROMPTS, GREEDY)
     failed = [end for end in ends if isinstance(end, Exception)]
-    assert (1 if dispatched == "in parts" else 0) <= len(failed) <= 2
+    assert (1 if dispatched == "in stretches" else 0) <= len(failed) <= 2
     assert all("injected" in str(error) for error in failed)
     for end, (tokens, *_) in zip(ends, expected, strict=True):
         assert isinstance(end, Exception) or end == tokens
+
+
+def test_a_pool_keeps_its_size_while_a_step_is_built_over_it(model, monkeypatch, dispatched):
+    monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
+    engine = serving.engine(model, num_blocks=60)
+    told = []
+
+    def resize(event):
+        for change in (engine.trim, lambda: engine.set_memory("50%")):
+            with pytest.raises((EngineError, InvalidRequest)) as raised:
+                change()
+                raise InvalidRequest("num_blocks says so")  # what trim does silently
+            told.append(str(raised.value))
+
+    engine.add(engine.request(PROMPTS[2], SamplingParams(max_tokens=9, temperature=0), resize))
+    while engine.has_work:
+        engine.step()
+    refused = ["between two steps" in why for why in told]
+    assert len(told) == 18 and model.cache._forward.before_waiting is None
+    # The last token comes when there is nothing more to build.
+    assert refused == [dispatched == "in stretches"] * 16 + [False] * 2
+    assert engine.stats()["failed_steps"] == 0
+    engine.close()
 
 
 @pytest.mark.parametrize("at", range(1, 8))

@@ -38,15 +38,15 @@ def test_prompts_of_any_length_give_the_tokens_of_mlx_lm(family, share, backend)
 
 
 @pytest.fixture
-def in_parts(monkeypatch):
+def in_stretches(monkeypatch):
     """Each layer is dispatched by itself."""
-    monkeypatch.setattr(kv_cache, "_PART", 1)
+    monkeypatch.setattr(kv_cache, "_STRETCH", 1)
     monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 1)
 
 
-def test_so_do_prompts_whose_layers_are_dispatched_one_by_one(backend, in_parts):
+def test_so_do_prompts_whose_layers_are_dispatched_one_by_one(backend, in_stretches):
     cache = check_prompts_of_any_length("gemma3_text", 0.3, backend)
-    assert len(cache._forward.ahead) == kv_cache._PARTS_AHEAD
+    assert len(cache._forward.ahead) == kv_cache._STRETCHES_AHEAD
 
 
 def check_prompts_of_any_length(family, share, backend) -> kv_cache.KVCache:
@@ -79,7 +79,7 @@ def test_no_token_is_wrong_while_blocks_change_hands_and_steps_raise(family, bac
     check_a_stress(family, backend)
 
 
-def test_nor_is_one_of_layers_that_are_dispatched_one_by_one(backend, in_parts):
+def test_nor_is_one_of_layers_that_are_dispatched_one_by_one(backend, in_stretches):
     check_a_stress("deepseek_v3", backend)
 
 

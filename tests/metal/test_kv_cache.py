@@ -554,11 +554,11 @@ def run_and_watch(model, on_step=None) -> tuple[int, int]:
     return most, max(layer.pool.k.nbytes for layer in model.cache.layers)
 
 
-def test_large_layers_are_dispatched_in_parts_of_which_few_are_ahead(monkeypatch):
+def test_large_layers_are_dispatched_in_stretches_of_which_few_are_ahead(monkeypatch):
     done = []
     monkeypatch.setattr(mx, "async_eval", lambda mark: done.append(("goes on", mark.item())))
     monkeypatch.setattr(mx, "eval", lambda mark: done.append(("is awaited", mark.item())))
-    monkeypatch.setattr(kv_cache, "_PART", 64)
+    monkeypatch.setattr(kv_cache, "_STRETCH", 64)
     monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 32)
 
     def attended(layer, nbytes):
@@ -576,6 +576,9 @@ def test_large_layers_are_dispatched_in_parts_of_which_few_are_ahead(monkeypatch
         *(("goes on", 5), "others first", ("is awaited", 1)),
         *(("goes on", 7), "others first", ("is awaited", 3)),
     ]
+    done.clear()
+    forward.go_on(attended(8, 64))
+    assert done == [("goes on", 8), "others first", ("is awaited", 5)], "those of a forward before"
     done.clear()
     forward.given = mx.zeros(1)
     forward.go_on(attended(0, 64))

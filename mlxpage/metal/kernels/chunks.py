@@ -93,7 +93,7 @@ def _chunk(starts, contexts, tables, first, which, block_size, window, most_scor
     if rows.min() < most:
         spread = np.minimum(row, rows[:, None] - 1) + (starts[:-1] - starts[0])[:, None]
         places = np.flatnonzero(row < rows[:, None])
-        chunk = chunk._replace(spread=_numbers(spread.reshape(-1)), places=_numbers(places))
+        chunk = chunk._replace(spread=_as_int32(spread.reshape(-1)), places=_as_int32(places))
     queries = ((contexts - rows)[:, None] + row)[:, None, :, None]
     keys = (first[:, None] + np.arange(chunk.shape[2]))[:, None, None, :]
     mask = keys <= queries
@@ -102,7 +102,7 @@ def _chunk(starts, contexts, tables, first, which, block_size, window, most_scor
     return chunk._replace(mask=mx.array(mask))
 
 
-def _numbers(rows: np.ndarray) -> mx.array:
+def _as_int32(rows: np.ndarray) -> mx.array:
     return mx.array(rows.astype(np.int32))
 
 
