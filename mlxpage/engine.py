@@ -130,7 +130,7 @@ class Engine:
     ) -> Request:
         """Checks a prompt of token ids and makes it a request, to be given to `add`. Its functions
         are called on the engine's thread, while a step is built or computed: they may add, fork and
-        abort requests, but not close the engine.
+        abort requests, but not resize the pool or close the engine.
 
         Raises InvalidRequest if it can never be served.
         """
@@ -401,7 +401,10 @@ class Engine:
 
     def trim(self, *, cached: bool = False) -> int:
         """Gives back blocks that nobody uses, but for room to begin with; `cached` ones, and that
-        room, only if asked. The pool grows again when it has to. Returns the bytes given back."""
+        room, only if asked. The pool grows again when it has to. Returns the bytes given back.
+
+        Raises EngineError while a step is built, as when a function of a request calls it.
+        """
         self._check_may_resize()
         if self.plan.is_fixed:
             return 0
@@ -417,7 +420,8 @@ class Engine:
         allows, it shrinks: cached blocks go first, then the newest sequences are preempted.
 
         Raises InvalidRequest for what is no size, or if a request could never end in it any more;
-        OutOfMemory if it doesn't hold the weights and a usable pool. Then nothing has changed.
+        OutOfMemory if it doesn't hold the weights and a usable pool; EngineError as `trim` does.
+        Then nothing has changed.
         """
         self._check_may_resize()
         if self.plan.is_fixed:

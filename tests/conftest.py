@@ -10,8 +10,7 @@ from mlxpage import blas
 # Settings and aliases of whoever runs the tests don't count.
 os.environ["MLXPAGE_CONFIG"] = os.path.join(os.path.dirname(__file__), "no such folder")
 
-# Workers share the cores: with threads for all of them in each, most of the time goes into waiting
-# for one another.
+# Workers share the cores: with BLAS threads for all of them in each, they wait for one another.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     threads = max(1, (os.cpu_count() or 1) // int(workers))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))

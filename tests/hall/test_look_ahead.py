@@ -235,9 +235,11 @@ def test_an_evaluation_that_raises_in_the_middle_fails_its_own_requests(
 def test_a_pool_keeps_its_size_while_a_step_is_built_over_it(model, monkeypatch, dispatched):
     monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
     engine = serving.engine(model, num_blocks=60)
-    told = []
+    told, seen = [], []
+    monkeypatch.setattr(engine.pool, "grow", lambda *_, in_flight: seen.append(in_flight))
 
     def resize(event):
+        engine._make_larger(0, 70)  # as a fork may
         for change in (engine.trim, lambda: engine.set_memory("50%")):
             with pytest.raises((EngineError, InvalidRequest)) as raised:
                 change()
@@ -250,6 +252,7 @@ def test_a_pool_keeps_its_size_while_a_step_is_built_over_it(model, monkeypatch,
     refused = ["between two steps" in why for why in told]
     assert len(told) == 18 and model.cache._forward.before_waiting is None
     # The last token comes when there is nothing more to build.
+    assert seen == [True] * 8 + [False]
     assert refused == [dispatched == "in stretches"] * 16 + [False] * 2
     assert engine.stats()["failed_steps"] == 0
     engine.close()
