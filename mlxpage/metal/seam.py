@@ -8,7 +8,8 @@ the process goes to MLX's own function untouched.
 from __future__ import annotations
 
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kv_cache import LayerCache, MaskTag, Scores, Tagged, TaggedV
+from mlxpage.metal.layer_cache import LayerCache
+from mlxpage.metal.tagged import MaskTag, Scores, Tagged, TaggedV
 
 _dense_attention = mx.fast.scaled_dot_product_attention
 

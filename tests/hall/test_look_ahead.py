@@ -9,7 +9,7 @@ import serving
 import tiny_models
 
 from mlxpage.errors import EngineError, InvalidRequest
-from mlxpage.metal import kv_cache, reference
+from mlxpage.metal import layer_cache, reference
 from mlxpage.metal.backend import mx
 from mlxpage.metal.model import Model
 from mlxpage.sampling_params import SamplingParams
@@ -20,9 +20,9 @@ def dispatched(request, monkeypatch):
     """How a step is: as a whole, or each layer by itself, the results of the step before read in
     the middle of it."""
     if request.param == "in stretches":
-        monkeypatch.setattr(kv_cache, "_STRETCH", 1)
-        monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 1)
-        monkeypatch.setattr(kv_cache, "_STRETCHES_AHEAD", 1)
+        monkeypatch.setattr(layer_cache, "_STRETCH", 1)
+        monkeypatch.setattr(layer_cache, "_LEAST_OF_A_LAYER", 1)
+        monkeypatch.setattr(layer_cache, "_STRETCHES_AHEAD", 1)
     return request.param
 
 
@@ -210,7 +210,7 @@ def test_an_evaluation_that_raises_in_the_middle_fails_its_own_requests(
     monkeypatch.setattr(reference, "LOOK_AHEAD", 1)
     engine = serving.engine(model, num_blocks=60, max_num_seqs=2, max_num_batched_tokens=32)
     real, calls = getattr(mx, name), iter(range(1, 10**6))
-    go_on, is_going_on = kv_cache.Forward.go_on, []
+    go_on, is_going_on = layer_cache.Forward.go_on, []
 
     def going_on(*arguments):
         is_going_on.append(True)
@@ -222,7 +222,7 @@ def test_an_evaluation_that_raises_in_the_middle_fails_its_own_requests(
             raise RuntimeError("injected")
         return real(*arrays)
 
-    monkeypatch.setattr(kv_cache.Forward, "go_on", going_on)
+    monkeypatch.setattr(layer_cache.Forward, "go_on", going_on)
     monkeypatch.setattr(mx, name, flaky)
     ends = follow(engine, PROMPTS, GREEDY)
     failed = [end for end in ends if isinstance(end, Exception)]

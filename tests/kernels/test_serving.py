@@ -11,7 +11,7 @@ import pytest
 import serving
 import stress
 
-from mlxpage.metal import choice, kernels, kv_cache
+from mlxpage.metal import choice, kernels, kv_cache, layer_cache
 from mlxpage.metal.backend import mx
 from mlxpage.sampling_params import SamplingParams
 
@@ -40,13 +40,13 @@ def test_prompts_of_any_length_give_the_tokens_of_mlx_lm(family, share, backend)
 @pytest.fixture
 def in_stretches(monkeypatch):
     """Each layer is dispatched by itself."""
-    monkeypatch.setattr(kv_cache, "_STRETCH", 1)
-    monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 1)
+    monkeypatch.setattr(layer_cache, "_STRETCH", 1)
+    monkeypatch.setattr(layer_cache, "_LEAST_OF_A_LAYER", 1)
 
 
 def test_so_do_prompts_whose_layers_are_dispatched_one_by_one(backend, in_stretches):
     cache = check_prompts_of_any_length("gemma3_text", 0.3, backend)
-    assert len(cache._forward.ahead) == kv_cache._STRETCHES_AHEAD
+    assert len(cache._forward.ahead) == layer_cache._STRETCHES_AHEAD
 
 
 def check_prompts_of_any_length(family, share, backend) -> kv_cache.KVCache:

@@ -15,12 +15,13 @@ import tiny_models
 from families import zoo
 
 from mlxpage.errors import UnsupportedModel
-from mlxpage.metal import kernels, kv_cache, layout, reference, seam, self_check
+from mlxpage.metal import kernels, layer_cache, layout, reference, seam, self_check
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kv_cache import KVCache, MaskTag, Tagged
+from mlxpage.metal.kv_cache import KVCache
 from mlxpage.metal.layout import Attention, LayerSpec, Rows
 from mlxpage.metal.model import Model
 from mlxpage.metal.plan import GroupKind
+from mlxpage.metal.tagged import MaskTag, Tagged
 from mlxpage.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16
@@ -558,13 +559,13 @@ def test_large_layers_are_dispatched_in_stretches_of_which_few_are_ahead(monkeyp
     done = []
     monkeypatch.setattr(mx, "async_eval", lambda mark: done.append(("goes on", mark.item())))
     monkeypatch.setattr(mx, "eval", lambda mark: done.append(("is awaited", mark.item())))
-    monkeypatch.setattr(kv_cache, "_STRETCH", 64)
-    monkeypatch.setattr(kv_cache, "_LEAST_OF_A_LAYER", 32)
+    monkeypatch.setattr(layer_cache, "_STRETCH", 64)
+    monkeypatch.setattr(layer_cache, "_LEAST_OF_A_LAYER", 32)
 
     def attended(layer, nbytes):
         return mx.full((nbytes // 4, 1, 1, 1), layer)
 
-    forward = kv_cache.Forward(looks_ahead=True)
+    forward = layer_cache.Forward(looks_ahead=True)
     forward.before_waiting = lambda: done.append("others first")
     for layer in range(100):
         forward.go_on(attended(layer, 28))
@@ -582,7 +583,7 @@ def test_large_layers_are_dispatched_in_stretches_of_which_few_are_ahead(monkeyp
     done.clear()
     forward.given = mx.zeros(1)
     forward.go_on(attended(0, 64))
-    kv_cache.Forward(looks_ahead=False).go_on(attended(0, 64))
+    layer_cache.Forward(looks_ahead=False).go_on(attended(0, 64))
     assert not done, "nor is what is compiled, and what nobody dispatches ahead"
 
 
@@ -604,7 +605,7 @@ def test_no_step_in_several_forwards_costs_a_pool(family):
 
 def test_a_k_that_outlives_its_step_costs_a_pool(monkeypatch):
     """The test above notices what it's there for."""
-    fetch = kv_cache.LayerCache.keys_and_values
+    fetch = layer_cache.LayerCache.keys_and_values
     kept = []
 
     def leak(self):
@@ -613,7 +614,7 @@ def test_a_k_that_outlives_its_step_costs_a_pool(monkeypatch):
             kept.append(k)
         return k, v
 
-    monkeypatch.setattr(kv_cache.LayerCache, "keys_and_values", leak)
+    monkeypatch.setattr(layer_cache.LayerCache, "keys_and_values", leak)
     model = tiny_models.make("llama", vocab_size=128)
     model.fetches = True
     most, pool = run_and_watch(model)

@@ -11,7 +11,7 @@ import tiny_models
 from mlxpage.errors import EngineError, UnsupportedModel
 from mlxpage.metal import seam, self_check
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kv_cache import Tagged
+from mlxpage.metal.tagged import Tagged
 from mlxpage.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8)

@@ -17,7 +17,8 @@ from mlxpage.errors import InvalidModel, OutOfMemory, UnsupportedModel
 from mlxpage.metal import model as models
 from mlxpage.metal import reference, seam, self_check
 from mlxpage.metal.backend import mx
-from mlxpage.metal.kv_cache import KVCache, LayerCache
+from mlxpage.metal.kv_cache import KVCache
+from mlxpage.metal.layer_cache import LayerCache
 from mlxpage.metal.layout import Shape
 from mlxpage.metal.model import Model
 
