@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlxpage.batch import Batch, copies_of
@@ -26,8 +25,7 @@ from mlxpage.metal.choice import REFERENCE, Backend
 from mlxpage.metal.layout import Shape
 from mlxpage.metal.model import Model
 from mlxpage.metal.plan import Plan
-from mlxpage.metal.sampler import logprobs, sample
-from mlxpage.outputs import StreamEvent, TokenLogprobs
+from mlxpage.outputs import StreamEvent
 from mlxpage.pace import Pace
 from mlxpage.prefix_cache import PrefixCache
 from mlxpage.request import Choice, Request
@@ -35,21 +33,10 @@ from mlxpage.sampling_params import SamplingParams
 from mlxpage.scheduler import Schedule, Scheduler, least_length
 from mlxpage.sequence import Sequence
 from mlxpage.served import Served
+from mlxpage.started import Started
 from mlxpage.text import Tokenizer
 
 _STORING_SECONDS = 10.0  # before the pool goes, for what is cached in it
-
-
-@dataclass(slots=True)
-class Started:
-    """A step that is being computed: its plan, and its results as arrays."""
-
-    schedule: Schedule
-    batch: Batch
-    tokens: mx.array | None  # (S,) one for each of `Batch.sampling`
-    logprobs: tuple  # of those tokens, as `sampler.logprobs` gives them, if anyone asked
-    prompt_logprobs: tuple  # likewise, of `Batch.scoring`
-    began: float  # `time.perf_counter`, before anything was computed
 
 
 class Engine:
@@ -247,27 +234,14 @@ class Engine:
         batch = Batch.of(
             schedule, self.plan.block_size, *((last.batch, last.tokens) if last else ())
         )
+        started = Started(schedule, batch, began)
+        ahead = bool(self.backend.ops.LOOK_AHEAD)
         self._is_building = True
         try:
-            logits = self.model(batch.rows, self._collect_before_waiting)
+            started.dispatch(self.model, ahead=ahead, before_waiting=self._collect_before_waiting)
         finally:
             self._is_building = False
-        num_sampled = len(batch.sampling)
-        tokens = None
-        chosen = scored = ()
-        if num_sampled:
-            tokens = sample(logits[:num_sampled], batch.choices)
-            if (top := _most_logprobs(seq.params.logprobs for seq in batch.sampling)) is not None:
-                chosen = logprobs(logits[:num_sampled], tokens, top)
-        if batch.scoring:
-            targets = mx.array(batch.scored_tokens)
-            top = _most_logprobs(seq.params.prompt_logprobs for seq, _ in batch.scoring)
-            scored = logprobs(logits[num_sampled:], targets, top)
-        # The pools too: a write that nobody reads must happen all the same.
-        results = [array for array in (tokens, *chosen, *scored) if array is not None]
-        results += self.model.cache.written()
-        (mx.async_eval if self.backend.ops.LOOK_AHEAD else mx.eval)(*results)
-        return Started(schedule, batch, tokens, chosen, scored, began)
+        return started
 
     def _load(self, schedule: Schedule) -> bool:
         """Puts what was read from the disk into the pool, after the copies of the plan, which come
@@ -339,7 +313,7 @@ class Engine:
 
     def _record(self, started: Started) -> None:
         batch = started.batch
-        tokens = [] if started.tokens is None else started.tokens.tolist()
+        tokens = started.read_tokens()
         now = time.perf_counter()
         if self._pace:  # a step that was dispatched ahead has waited for the one before it
             self._pace.note(started.schedule, now - max(started.began, self._recorded))
@@ -349,10 +323,9 @@ class Engine:
         self._num_sampled_tokens += len(tokens)
         self._fail_broken(batch.sampling, tokens)
         self._served.tell_progress(started.schedule)
-        scored = _as_logprobs(batch.scored_tokens, started.prompt_logprobs)
-        self._served.take_prompt_logprobs(batch.scoring, scored)
+        self._served.take_prompt_logprobs(batch.scoring, started.read_prompt_logprobs())
         if started.logprobs:
-            self._served.take_logprobs(batch.sampling, _as_logprobs(tokens, started.logprobs))
+            self._served.take_logprobs(batch.sampling, started.read_logprobs(tokens))
         for seq, token in self.scheduler.update(started.schedule, tokens):
             self._served.take_token(seq, token, now)
 
@@ -553,17 +526,3 @@ class Engine:
 
     def _largest_pool(self) -> BlockPool:
         return max((group.pool for group in self.scheduler.groups), key=lambda p: p.limit)
-
-
-def _most_logprobs(wanted) -> int | None:
-    return max((count for count in wanted if count is not None), default=None)
-
-
-def _as_logprobs(tokens: list[int], arrays: tuple) -> list[TokenLogprobs]:
-    if not arrays:
-        return []
-    chosen, ids, values = (array.tolist() for array in arrays)
-    return [
-        TokenLogprobs(token, logprob, tuple(zip(top, of_top, strict=True)))
-        for token, logprob, top, of_top in zip(tokens, chosen, ids, values, strict=True)
-    ]

@@ -32,6 +32,7 @@ MODULES = {
         "upkeep",
         "disk_tier",
         "pace",
+        "started",
         "engine",
         "loading",
         "engine_thread",

@@ -38,7 +38,7 @@ STEPS = [
     "mlxpage.metal.layer_cache.LayerCache.update_and_fetch",
     "mlxpage.metal.layer_cache.LayerCache.attend",
     "mlxpage.metal.model.Model.__call__",
-    "mlxpage.engine.sample",
+    "mlxpage.started.sample",
     "mlxpage.metal.backend.mx.eval",
     "mlxpage.engine.Engine._plan",
     "mlxpage.engine.Engine._start",
