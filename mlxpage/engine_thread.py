@@ -148,10 +148,11 @@ def _run(
     monitor: str | None,
     pulse: Pulse,
 ) -> None:
-    mx = None
+    streams = None
     try:
-        from mlxpage.metal.backend import mx
+        from mlxpage.metal import streams
 
+        streams.borrow()
         engine = inbox.get()(closing)
     except BaseException as error:
         # Who catches the error must not keep the weights that were loaded so far.
@@ -168,9 +169,8 @@ def _run(
     finally:
         ended.set()
         refuse_calls(inbox, ready)
-        if mx is not None:
-            mx.clear_cache()
-            mx.clear_streams()
+        if streams is not None:
+            streams.hand_back()
 
 
 # Seconds until an idle engine is looked after again: not at once, for that may be what has failed.

@@ -9,11 +9,9 @@ keeps words there (see `layout.Format`).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ from mlxpage.metal.backend import mx
 from mlxpage.metal.cascade import Run, common_runs, without
 from mlxpage.metal.layout import Blocks, Format, first_readable
 from mlxpage.metal.quantised import columns, dequantised, quantise
+from mlxpage.metal.streams import cpu_streams
 
 # MLX's own, taken before the seam puts its hook in this place.
 dense_attention = mx.fast.scaled_dot_product_attention
@@ -38,7 +37,6 @@ MAX_SCORES = 2**22
 _COPIES = 2
 # So many are worth a second core.
 _SCORES_TO_SPREAD = 2**15
-_MAX_STREAMS = 4
 # Of a head of K and V. With many, a product of their own is a small part of reading the blocks, and
 # BLAS would divide it among its threads.
 _FEW_QUERIES = 128
@@ -169,7 +167,7 @@ def _shared(
 ) -> tuple[list[Span], np.ndarray]:
     """Spans of what sequences share, and their rows. They read the same blocks, which are gathered
     once."""
-    spans, rows, streams = [], [], len(_streams())
+    spans, rows, streams = [], [], len(cpu_streams())
     for run in runs:
         begin = len(rows)
         for i in run.sequences:
@@ -193,7 +191,7 @@ def _own(starts, contexts, tables, block_size: int, windows, heads: int) -> list
 
     Arguments as in `plan`, but for `windows`, (S,) one of each sequence.
     """
-    streams = len(_streams())
+    streams = len(cpu_streams())
     num_decoding = _num_decoding(starts)
     spans = [
         *_decoding(starts, contexts, tables, block_size, windows, num_decoding, streams),
@@ -312,17 +310,6 @@ def _spread(spans: list[Span], streams: int) -> None:
     for span in sorted(spans, key=lambda span: span.cost, reverse=True):
         span.stream = load.index(min(load))
         load[span.stream] += span.cost
-
-
-@cache
-def _streams() -> list:
-    """One for each of the CPU's cores: MLX runs the operations of a stream one after the other,
-    each on a single core. None is the default stream; on a GPU it's the only one."""
-    if mx.default_device() != mx.cpu:
-        return [None]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    others = [mx.new_thread_local_stream(mx.cpu) for _ in range(min(cores or 1, _MAX_STREAMS) - 1)]
-    return [None, *others]
 
 
 def write(
@@ -454,7 +441,7 @@ def _attend_spans(q, blocks, spans, before, scale, is_latent) -> list[Attended]:
         count = span.tables.shape[0]
         rows = _turned(q[span.rows] if len(spans) > 1 else q, count)
         rest = span.mask, before and before.of(span.rows, count), scale
-        stream = _streams()[span.stream]
+        stream = cpu_streams()[span.stream]
         with mx.stream(stream) if stream else nullcontext():
             indices = span.head_indices(blocks.kind.kv_heads)
             if _is_read_in_place(rows, blocks, span):

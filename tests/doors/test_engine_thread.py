@@ -8,6 +8,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import tiny_folder as tiny
 from mlx_lm import generate as mlx_lm_generate
@@ -277,6 +278,15 @@ def test_a_load_that_fails_leaves_no_thread_and_no_memory(make_llm, tmp_path, mo
         make_llm(folder)
     assert threading.active_count() == before
     assert mx.get_active_memory() <= active, f"{caught.value} holds the weights"
+
+
+def test_loading_again_and_again_leaves_no_thread_of_mlx(make_llm):
+    process, counts = psutil.Process(), []
+    for _ in range(10):
+        with make_llm() as llm:
+            llm.generate("Hello", SamplingParams(max_tokens=2))
+        counts.append(process.num_threads())
+    assert counts[-1] < counts[0] + 5, "those that were joined may still be about to end"
 
 
 def test_a_model_that_fails_in_its_check_is_unsupported(make_llm, monkeypatch):

@@ -233,7 +233,7 @@ def test_the_pieces_of_a_chunk_share_what_they_gather(monkeypatch, window):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_attention_spread_over_streams_is_the_same(monkeypatch, count, window):
     streams = [None, *(mx.new_thread_local_stream(mx.cpu) for _ in range(count - 1))]
-    monkeypatch.setattr(reference, "_streams", lambda: streams)
+    monkeypatch.setattr(reference, "cpu_streams", lambda: streams)
     monkeypatch.setattr(reference, "MAX_SCORES", 8000)
     rng = np.random.default_rng(count)
     for _ in range(5):
@@ -562,7 +562,7 @@ def test_many_rows_of_shared_keys_are_cut(monkeypatch, most):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_shared_keys_are_spread_over_streams(monkeypatch, count):
     streams = [None, *(mx.new_thread_local_stream(mx.cpu) for _ in range(count - 1))]
-    monkeypatch.setattr(reference, "_streams", lambda: streams)
+    monkeypatch.setattr(reference, "cpu_streams", lambda: streams)
     monkeypatch.setattr(reference, "_SCORES_TO_SPREAD", 1000)
     rng = np.random.default_rng(10)
     case = prefixed(rng, 12, 20, chunks=3, heads=(2, 3, 32, 16), sinks=True)
