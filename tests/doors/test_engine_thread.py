@@ -477,6 +477,7 @@ def test_callers_are_told_when_the_thread_itself_dies(make_llm, monkeypatch):
         in_thread(lambda: llm.generate("abc", GREEDY)).result(SECONDS)
     with pytest.raises(EngineError, match="closed"):
         llm.stats()
+    llm._thread._thread.join(SECONDS)
 
 
 def test_an_engine_that_has_failed_is_looked_after_when_it_is_idle():
